@@ -1,0 +1,1 @@
+"""Decides who trains, what is accepted and which model version goes where."""

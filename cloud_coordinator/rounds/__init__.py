@@ -1,0 +1,1 @@
+"""Rounds: who is asked, how updates become the next parameters, and the door to Flower."""

@@ -1,0 +1,169 @@
+"""Child processes that talk in JSON lines over their pipes and never outlive their parent.
+
+Parent side: `Child` starts one, sends and receives typed messages, stops it within a deadline.
+Child side: `ParentLink` for a child whose main thread blocks (trainer, run worker).
+
+A child dies with its parent twice over: the kernel sends it SIGKILL when the parent's thread ends
+(`PR_SET_PDEATHSIG`), and its standard input closes. Standard error goes to a log file.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from shared.errors import PeerError, UnavailableError
+
+Incoming = TypeVar("Incoming")
+_LINE_LIMIT_BYTES = 4 * 1024 * 1024
+_PR_SET_PDEATHSIG = 1
+_ENCODER = msgspec.json.Encoder()
+
+
+class Child:
+    """A running child. Make one with `Child.start`."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._process = process
+
+    @classmethod
+    async def start(
+        cls,
+        argv: Sequence[str],
+        *,
+        name: str,
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
+    ) -> "Child":
+        """Start ``argv`` in a process group of its own, its standard error appended to a log.
+
+        Args:
+            argv: program and arguments.
+            name: for people: log lines and errors.
+            log_path: where standard error goes; parents are made.
+            env: variables on top of this process's own.
+
+        Raises:
+            UnavailableError: the program cannot be started.
+        """
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *argv,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=log,
+                    env={**os.environ, **(env or {})},
+                    limit=_LINE_LIMIT_BYTES,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise UnavailableError(f"cannot start {name}: {error}") from error
+        return cls(name, process, log_path)
+
+    @property
+    def pid(self) -> int:
+        """Process id, for logs and tests."""
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return self._process.returncode
+
+    async def send(self, message: msgspec.Struct) -> None:
+        """Write one message; a child that is gone swallows it, its exit is reported elsewhere."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._process.stdin.write(_ENCODER.encode(message) + b"\n")
+            await self._process.stdin.drain()
+
+    async def messages(self, kind: type[Incoming]) -> AsyncIterator[Incoming]:
+        """Yield what the child says until it closes its output.
+
+        Raises:
+            PeerError: a line is not a ``kind``; our own child is then another version.
+        """
+        assert self._process.stdout is not None
+        decoder = msgspec.json.Decoder(kind)
+        async for line in self._process.stdout:
+            try:
+                yield decoder.decode(line)
+            except msgspec.DecodeError as error:
+                raise PeerError(f"{self.name} said {line[:200]!r}: {error}") from error
+
+    async def wait(self) -> int:
+        """Wait for the end and return the exit status."""
+        return await self._process.wait()
+
+    async def stop(self, *, timeout_s: float = 10.0) -> None:
+        """Ask it to end (closed input, SIGTERM), and kill its group when ``timeout_s`` passed."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(self._process.wait(), timeout_s)
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        """End the child and its own children at once."""
+        self._signal(signal.SIGKILL)
+
+    def log_tail(self, lines: int = 5) -> str:
+        """Return the last lines of its log, for an error that a person reads."""
+        with contextlib.suppress(OSError):
+            return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+        return ""
+
+    def _signal(self, number: int) -> None:
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+
+class ParentLink(Generic[Incoming]):
+    """The child's end: call `die_with_parent` first, then read `incoming` and `send`."""
+
+    def __init__(self, kind: type[Incoming]) -> None:
+        # Libraries print; only our messages may reach the pipe: stdout is moved out of their way.
+        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self._lock = threading.Lock()
+        self._decoder = msgspec.json.Decoder(kind)
+        self.incoming: queue.SimpleQueue[Incoming | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="parent-link", daemon=True).start()
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Write one message to the parent; from any thread."""
+        with self._lock:
+            self._out.write(_ENCODER.encode(message) + b"\n")
+
+    def _read(self) -> None:
+        for line in sys.stdin.buffer:
+            self.incoming.put(self._decoder.decode(line))
+        self.incoming.put(None)  # the parent closed the pipe: end
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent's thread ends; Linux only, a no-op else."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before prctl took hold
+        os._exit(1)

@@ -1,0 +1,64 @@
+"""All our errors, so that a caller can see at a glance what to catch.
+
+ShoalError
+├── ConfigError             a person wrote something we cannot use: name the key and what to write
+├── DataError               a data source breaks its task's contract: refuse it with the reasons
+├── UnavailableError        something needed is away now (port, broker, disk space): say what to do
+├── PeerError               the other side broke the protocol: log, drop, carry on
+├── QuorumError             too few updates survived: abandon the round, try the next
+├── ConflictError           somebody else moved first: reload and decide again
+├── NotFoundError           the thing named does not exist: say where to look
+├── UntrustedModelError     digest, signature or lineage is wrong: keep the running version
+├── UnfitModelError         the model is genuine but does not work here: keep the running version
+└── IllegalTransitionError  our own bug: let it surface
+
+A command that ends with one of these prints its message as one sentence and exits with status 1.
+"""
+
+
+class ShoalError(Exception):
+    """Root of every error this project raises on purpose."""
+
+
+class ConfigError(ShoalError):
+    """A setting, plan or command line that a person must change."""
+
+
+class DataError(ShoalError):
+    """A data source that cannot serve its task."""
+
+
+class UnavailableError(ShoalError):
+    """Something that is needed is not there now."""
+
+
+class PeerError(ShoalError):
+    """The other side sent what it should not have sent."""
+
+
+class QuorumError(ShoalError):
+    """Too few updates survived to commit a round."""
+
+    def __init__(self, round_number: int, *, survivors: int, quorum: int) -> None:
+        super().__init__(f"round {round_number} has {survivors} updates of the {quorum} it needs")
+        self.survivors, self.quorum = survivors, quorum
+
+
+class ConflictError(ShoalError):
+    """The row was changed by somebody else since it was read."""
+
+
+class NotFoundError(ShoalError):
+    """What was named does not exist."""
+
+
+class UntrustedModelError(ShoalError):
+    """A model version whose digest, signature or lineage is wrong."""
+
+
+class UnfitModelError(ShoalError):
+    """A genuine model version that does not work on this device."""
+
+
+class IllegalTransitionError(ShoalError):
+    """A lifecycle was given an event that its state does not accept."""

@@ -1,0 +1,66 @@
+"""Files that are either whole or absent: every write goes to a neighbour and is renamed."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from shared.errors import UnavailableError
+
+_CHUNK_BYTES = 1024 * 1024
+
+
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replace ``path`` by ``content`` in one step, durable before it returns.
+
+    Raises:
+        UnavailableError: the disk is full; nothing was changed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except OSError as error:
+        _refuse_full_disk(error, path)
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+    sync_directory(path.parent)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """As ``write_atomic``, readable by the owner alone."""
+    write_atomic(path, content, mode=0o600)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames inside ``directory`` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex SHA-256 digest of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _refuse_full_disk(error: OSError, path: Path) -> None:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        raise UnavailableError(
+            f"no space left on the disk that holds {path.parent}; free some and try again"
+        ) from error

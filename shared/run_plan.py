@@ -1,0 +1,66 @@
+"""A run as its author writes it: the TOML file behind ``shoal run start``, checked and hashed.
+
+Everything that shapes a result is here, frozen, stored with the run and covered by one digest, so
+that every round can be run again.
+"""
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.errors import ConfigError
+from shared.tasks.spec import TaskSpec
+
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
+
+
+class TrainingPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one device does in one round: minibatch SGD on its own data."""
+
+    epochs: Count = 1
+    max_batches: Count | None = None  # stops an epoch early on devices with much data
+    batch_size: Count = 32
+    learning_rate: Annotated[float, Meta(gt=0, le=100)] = 0.05
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
+
+
+class CohortPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who takes part, and how long anybody waits for whom."""
+
+    size: Count = 5  # devices whose updates a round wants
+    quorum: Count = 1  # fewest updates that a round may commit with
+    over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.0  # times size are asked
+    min_examples: Count = 1  # a device with fewer training examples says no
+    recruit_deadline_s: Seconds = 300.0  # for quorum devices to join, at the start and after losses
+    round_deadline_s: Seconds = 600.0  # for the updates of one round
+    max_abandoned_rounds: Count = 3  # so many in a row end the run
+
+
+class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One run, from its task to what happens with the model at the end."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    task: TaskSpec
+    rounds: Count = 10
+    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+    strategy: Literal["fedavg"] = "fedavg"
+    training: TrainingPlan = TrainingPlan()
+    cohort: CohortPlan = CohortPlan()
+    evaluate: bool = True  # measure each round's result on held-out rows of its cohort
+    deploy: bool = True  # ship the result to every device that has data for the task
+
+    def __post_init__(self) -> None:
+        if self.cohort.quorum > self.cohort.size:
+            raise ConfigError(
+                f"cohort.quorum {self.cohort.quorum} is above cohort.size {self.cohort.size}; "
+                "a round could never commit: lower the quorum"
+            )
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 over the deterministic JSON of the resolved plan."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()

@@ -1,0 +1,83 @@
+"""What a machine-learning engineer writes: one `Task`, and nothing else.
+
+A task says which data it needs (its contract), builds the network *including preprocessing* (so
+that serving cannot disagree with training), and measures in sums, so that results of many devices
+can be added. Sizes: ``b`` examples in a batch, ``n`` rows in a data set.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shared.manifest import TensorSpec
+from shared.tasks.contract import DataContract
+
+
+class Task(ABC):
+    """One thing to learn. Instances are made from the options of a `TaskSpec` and never change."""
+
+    primary_metric: ClassVar[str]  # the key of `summarize` that people watch
+    higher_is_better: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Build the task; raise ConfigError that names an option which is unknown or impossible."""
+
+    @property
+    @abstractmethod
+    def contract(self) -> DataContract:
+        """The rows that the task can learn from."""
+
+    @property
+    @abstractmethod
+    def input(self) -> TensorSpec:
+        """The one input of the served model: raw values, before any preprocessing."""
+
+    @property
+    @abstractmethod
+    def output(self) -> TensorSpec:
+        """The one output of the served model."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names by index; empty where there are no classes."""
+        return ()
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """Return a fresh network from raw inputs (b, …) to outputs (b, …), randomly initialised.
+
+        Parameters are initialised from torch's global generator, which the caller seeds.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar to minimise."""
+
+    @abstractmethod
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """Return statistics of a batch that may be *added* over batches and devices.
+
+        Must hold ``examples`` (the number of rows) and ``loss_sum``.
+        """
+
+    @abstractmethod
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn added statistics into metrics: ``loss`` and `primary_metric` at least."""
+
+    @abstractmethod
+    def example_inputs(self, rng: np.random.Generator, rows: int) -> NDArray[Any]:
+        """Draw plausible raw inputs from the contract alone, for export and golden batches."""
+
+
+def seeded_model(task: Task, seed: int) -> nn.Module:
+    """Build the task's network with weights that depend on ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.build_model()
