@@ -8,6 +8,7 @@ ShoalError
 ├── QuorumError             too few updates survived: abandon the round, try the next
 ├── ConflictError           somebody else moved first: reload and decide again
 ├── NotFoundError           the thing named does not exist: say where to look
+├── UnauthorizedError       no credential or a wrong one: say which is needed, and nothing else
 ├── UntrustedModelError     digest, signature or lineage is wrong: keep the running version
 ├── UnfitModelError         the model is genuine but does not work here: keep the running version
 └── IllegalTransitionError  our own bug: let it surface
@@ -50,6 +51,10 @@ class ConflictError(ShoalError):
 
 class NotFoundError(ShoalError):
     """What was named does not exist."""
+
+
+class UnauthorizedError(ShoalError):
+    """The caller did not prove who it is."""
 
 
 class UntrustedModelError(ShoalError):

@@ -1,0 +1,82 @@
+"""Who calls the API: a device by its signature, or the operator by the admin token.
+
+Both are FastAPI dependencies; `app.py` puts what they need into ``app.state``: ``devices`` (a
+`KnowsDevices`), ``admin_token`` and ``clock``.
+"""
+
+import hmac
+from collections.abc import Callable
+from datetime import datetime
+from typing import Protocol, cast
+
+from fastapi import Request
+
+from shared.errors import NotFoundError, PeerError, UnauthorizedError
+from shared.request_signing import DEVICE_HEADER, verify_request
+from shared.signing import VerifyingKey
+
+MAX_BODY_BYTES = 1024 * 1024
+
+
+class KnowsDevices(Protocol):
+    """Whoever knows the identity keys of enrolled devices."""
+
+    async def identity_key(self, device_id: str) -> VerifyingKey:
+        """Return the device's key; raise NotFoundError for an unknown device."""
+        ...
+
+
+async def authenticated_device(request: Request) -> str:
+    """Return the id of the enrolled device that signed this very request.
+
+    Raises:
+        UnauthorizedError: unknown device, no signature, a wrong one, or one of another time.
+    """
+    devices = cast("KnowsDevices", request.app.state.devices)
+    clock = cast("Callable[[], datetime]", request.app.state.clock)
+    device = request.headers.get(DEVICE_HEADER, "")
+    try:
+        verify_request(
+            method=request.method,
+            path=_signed_path(request),
+            body=await read_body(request),
+            headers=request.headers,
+            key=await devices.identity_key(device),
+            now=clock(),
+        )
+    except NotFoundError as error:
+        raise UnauthorizedError("request is not signed by an enrolled device") from error
+    except PeerError as error:
+        raise UnauthorizedError(str(error)) from error
+    return device
+
+
+async def require_admin(request: Request) -> None:
+    """Let pass whoever bears the admin token.
+
+    Raises:
+        UnauthorizedError: it is missing or wrong.
+    """
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    expected = cast("str", request.app.state.admin_token)
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), expected.encode()):
+        raise UnauthorizedError(
+            "this needs the admin token; it lies in the file admin-token of the coordinator's home"
+        )
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the request's body; raise PeerError as soon as it is over `MAX_BODY_BYTES`."""
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise PeerError(f"request body is over {MAX_BODY_BYTES} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _signed_path(request: Request) -> str:
+    path = cast("bytes", request.scope["raw_path"]).decode("latin-1")
+    query = cast("bytes", request.scope["query_string"]).decode("latin-1")
+    return f"{path}?{query}" if query else path

@@ -1,0 +1,1 @@
+"""Alembic's folder: how the schema of one version becomes that of the next."""
