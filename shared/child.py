@@ -45,6 +45,7 @@ class Child:
         name: str,
         log_path: Path,
         env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> "Child":
         """Start ``argv`` in a process group of its own, its standard error appended to a log.
 
@@ -53,6 +54,7 @@ class Child:
             name: for people: log lines and errors.
             log_path: where standard error goes; parents are made.
             env: variables on top of this process's own.
+            pass_fds: open files that the child shares, such as a listening socket.
 
         Raises:
             UnavailableError: the program cannot be started.
@@ -68,6 +70,7 @@ class Child:
                     env={**os.environ, **(env or {})},
                     limit=_LINE_LIMIT_BYTES,
                     start_new_session=True,
+                    pass_fds=pass_fds,
                 )
             except OSError as error:
                 raise UnavailableError(f"cannot start {name}: {error}") from error
@@ -142,6 +145,8 @@ class ParentLink(Generic[Incoming]):
         # Libraries print; only our messages may reach the pipe: stdout is moved out of their way.
         self._out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        # A reader of its own: the interpreter aborts at exit if a thread still holds sys.stdin.
+        self._in = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
         self._lock = threading.Lock()
         self._decoder = msgspec.json.Decoder(kind)
         self.incoming: queue.SimpleQueue[Incoming | None] = queue.SimpleQueue()
@@ -153,7 +158,7 @@ class ParentLink(Generic[Incoming]):
             self._out.write(_ENCODER.encode(message) + b"\n")
 
     def _read(self) -> None:
-        for line in sys.stdin.buffer:
+        for line in self._in:
             self.incoming.put(self._decoder.decode(line))
         self.incoming.put(None)  # the parent closed the pipe: end
 
