@@ -1,0 +1,1 @@
+"""Model versions: from a run's final parameters to signed, checked, downloadable artifacts."""

@@ -1,0 +1,58 @@
+"""What the coordinator and the model pipeline child say to each other; free of torch and onnx."""
+
+import msgspec
+
+from shared.manifest import GoldenBatch, TensorSpec
+from shared.tasks.spec import TaskSpec
+
+
+class BuildVersion(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
+    """First and only line to the child: which parameters become which files."""
+
+    task: TaskSpec
+    parameters_path: str  # safetensors, as shared/parameters.py writes it
+    folder: str  # an empty folder; the child writes one ONNX file per variant into it
+    seed: int  # of the inputs drawn for parity and for the golden batch
+
+
+class BuildProgress(msgspec.Struct, frozen=True, tag="progress"):
+    """For people who watch."""
+
+    doing: str
+
+
+class VariantReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One variant and all that was measured on it; the figures stay None where it never ran."""
+
+    variant: str
+    passed: bool
+    cause: str = ""  # why it did not pass
+    file: str = ""  # name inside the folder; empty when the variant could not be built
+    sha256: str = ""
+    size_bytes: int = 0
+    session_config: dict[str, str] = msgspec.field(default_factory=dict)
+    latency_p50_us: float | None = None  # one row, one thread, all variants taking turns
+    max_difference: float | None = None  # from torch's outputs, in units of the output
+    relative_error: float | None = None  # root mean square error over the outputs' spread
+    agreement: float | None = None  # same top class, among rows decided with a margin
+
+
+class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
+    """The version is ready to be signed; the child ends with status 0."""
+
+    variants: tuple[VariantReport, ...]
+    ship: str  # the variant that devices serve
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...]
+    golden: GoldenBatch
+
+
+class BuildFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """These parameters can become no version; the child ends with status 1."""
+
+    cause: str
+    variants: tuple[VariantReport, ...] = ()  # what was measured before it was clear
+
+
+FromPipeline = BuildProgress | Built | BuildFailed
