@@ -5,6 +5,7 @@ ShoalError
 ├── DataError               a data source breaks its task's contract: refuse it with the reasons
 ├── UnavailableError        something needed is away now (port, broker, disk space): say what to do
 ├── PeerError               the other side broke the protocol: log, drop, carry on
+├── StoppedError            we were asked to end: tidy up and go
 ├── QuorumError             too few updates survived: abandon the round, try the next
 ├── ConflictError           somebody else moved first: reload and decide again
 ├── NotFoundError           the thing named does not exist: say where to look
@@ -35,6 +36,10 @@ class UnavailableError(ShoalError):
 
 class PeerError(ShoalError):
     """The other side sent what it should not have sent."""
+
+
+class StoppedError(ShoalError):
+    """Somebody asked us to end before the work was done; the message is their reason."""
 
 
 class QuorumError(ShoalError):

@@ -29,6 +29,7 @@ class StartRun(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     plan: RunPlan
     resume: ResumePoint | None  # None: initialise from the plan's seed, and close round 0 first
     next_round: int  # number of the round to start with; abandoned rounds keep theirs
+    times_selected: dict[str, int] = {}  # by device id: rounds of this run that asked it so far
     blobs: str  # folder of content-addressed files
     superlink_address: str  # host:port of the private listener
     superlink_ca_pem: str
@@ -89,11 +90,12 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     round_number: int  # 0 is the initial model, measured but not trained
     state: Literal["committed", "abandoned"]
-    cause: str = ""  # of an abandonment
+    cause: str = ""  # of an abandonment, or why a committed round has no metrics
     started_at: datetime
     closed_at: datetime
     participations: tuple[Participation, ...]
     metrics: dict[str, float]  # on held-out rows, after the round; empty where not measured
+    training_sums: dict[str, float] = {}  # the devices' training statistics, added
     parameters_sha256: str | None = None  # of the blob; None when abandoned
     optimizer_sha256: str | None = None
 
@@ -144,7 +146,11 @@ class RunFinished(msgspec.Struct, frozen=True, tag="finished"):
 
 
 class RunFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """The run cannot go on; the worker ends with status 1."""
+    """The worker ends: with status 1 where the run is over, with 75 where a new session may help.
+
+    75 (`EX_TEMPFAIL`): the SuperLink is gone, the disk is full; start again from the last commit,
+    after a pause that grows. Any other status without this message, a signal too, is the same.
+    """
 
     cause: str
 
