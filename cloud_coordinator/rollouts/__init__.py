@@ -1,0 +1,1 @@
+"""Rollouts: which model version each device should serve, and whether it does."""

@@ -1,0 +1,1 @@
+"""Runs: from a plan to a model version, through crashes of every process on the way."""
