@@ -93,8 +93,11 @@ class Child:
             self._process.stdin.write(_ENCODER.encode(message) + b"\n")
             await self._process.stdin.drain()
 
-    async def messages(self, kind: type[Incoming]) -> AsyncIterator[Incoming]:
+    async def messages(self, kind: Any) -> AsyncIterator[Any]:
         """Yield what the child says until it closes its output.
+
+        Args:
+            kind: a struct or a union of structs, which is why the type checker cannot tell.
 
         Raises:
             PeerError: a line is not a ``kind``; our own child is then another version.
@@ -141,7 +144,7 @@ class Child:
 class ParentLink(Generic[Incoming]):
     """The child's end: call `die_with_parent` first, then read `incoming` and `send`."""
 
-    def __init__(self, kind: type[Incoming]) -> None:
+    def __init__(self, kind: Any) -> None:  # a struct, or a union of structs
         # Libraries print; only our messages may reach the pipe: stdout is moved out of their way.
         self._out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
