@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from shared.errors import ConfigError
+
 SourceKind = Literal["csv", "images", "idx", "npz"]
 
 
@@ -41,3 +43,11 @@ class DataContract(msgspec.Struct, frozen=True, kw_only=True):
     def feature_names(self) -> Sequence[str]:
         """Names of the numeric columns, in the order of the input vector."""
         return [feature.name for feature in self.features]
+
+
+def check_labels(labels: tuple[str, ...]) -> None:
+    """Raise ConfigError where two labels are the same or one is blank."""
+    if len(set(labels)) != len(labels):
+        raise ConfigError("labels: some are named twice; each class needs a label of its own")
+    if any(label != label.strip() or not label for label in labels):
+        raise ConfigError("labels: some are empty or have spaces around them; remove those")

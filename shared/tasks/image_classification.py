@@ -1,0 +1,170 @@
+"""The built-in task `image-classification`: small networks for small pictures.
+
+In a task file::
+
+    name = "fashion"
+    uses = "image-classification"
+    [options]
+    model = "small-cnn"        # or "lenet-5"
+    height = 28
+    width = 28
+    channels = 1               # 1 grey, 3 colours
+    labels = ["shirt", "shoe"] # in the order of the class indices
+
+The served network takes raw pixels: float32 of shape (batch, channels, height, width), each in
+[0, 255]; scaling is its first layer. Neither network has normalisation layers whose running
+statistics would differ from device to device.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from shared.config import convert
+from shared.errors import ConfigError
+from shared.manifest import TensorSpec
+from shared.tasks.contract import DataContract, ImageShape, check_labels
+from shared.tasks.metrics import classification_summary, classification_sums
+from shared.tasks.task import Task
+
+_LENET_SIDES = range(12, 65)
+_SMALL_CNN_CHANNELS = (16, 32, 64)  # of the stages; further ones repeat the last
+_SMALL_CNN_SIDE = 8  # stages halve the picture until it is no larger than this
+
+
+class ImageOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a person writes under ``[options]``."""
+
+    model: Literal["small-cnn", "lenet-5"] = "small-cnn"
+    height: Annotated[int, Meta(ge=4, le=4096)]
+    width: Annotated[int, Meta(ge=4, le=4096)]
+    channels: Literal[1, 3] = 1
+    labels: Annotated[tuple[str, ...], Meta(min_length=2, max_length=10_000)]
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels)
+        if self.model == "lenet-5" and not {self.height, self.width} <= set(_LENET_SIDES):
+            raise ConfigError(
+                f"lenet-5 takes pictures of {_LENET_SIDES[0]} to {_LENET_SIDES[-1]} pixels a side, "
+                f"not {self.height} x {self.width}; use small-cnn"
+            )
+
+
+class PixelScaling(nn.Module):
+    """Maps raw pixels in [0, 255] to [-1, 1]."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Scale a batch of any shape."""
+        return pixels * (2 / 255) - 1
+
+
+class ImageClassification(Task):
+    """Says which of its labels a picture shows."""
+
+    primary_metric = "accuracy"
+
+    def __init__(self, options: ImageOptions) -> None:
+        self._options = options
+        self._shape = (options.channels, options.height, options.width)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Build the task from the fields of `ImageOptions`."""
+        return cls(convert(dict(options), ImageOptions, source="options of image-classification"))
+
+    @property
+    def contract(self) -> DataContract:
+        """Pictures of exactly one size, with a label each."""
+        o = self._options
+        return DataContract(
+            sources=("images", "idx", "npz"),
+            image=ImageShape(o.height, o.width, o.channels),
+            labels=o.labels,
+        )
+
+    @property
+    def input(self) -> TensorSpec:
+        """Raw pixels in [0, 255]."""
+        return TensorSpec("pixels", "FP32", (-1, *self._shape))
+
+    @property
+    def output(self) -> TensorSpec:
+        """One score for each label; their softmax is the probability."""
+        return TensorSpec("logits", "FP32", (-1, len(self.labels)))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names by index."""
+        return self._options.labels
+
+    def build_model(self) -> nn.Module:
+        """Return the network from raw pixels to logits."""
+        build = _lenet_5 if self._options.model == "lenet-5" else _small_cnn
+        return nn.Sequential(PixelScaling(), *build(*self._shape, classes=len(self.labels)))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross entropy in nats."""
+        return functional.cross_entropy(outputs, targets)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """Count examples and hits, and sum the loss."""
+        return classification_sums(outputs, targets)
+
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return ``loss`` and ``accuracy``."""
+        return classification_summary(sums)
+
+    def example_inputs(self, rng: np.random.Generator, rows: int) -> NDArray[Any]:
+        """Draw pictures of noise, shape (rows, channels, height, width)."""
+        return rng.integers(0, 256, (rows, *self._shape)).astype(np.float32)
+
+
+def _lenet_5(channels: int, height: int, width: int, *, classes: int) -> list[nn.Module]:
+    """LeCun et al. 1998, with ReLU and maximum pooling as it is built today."""
+    flat = 16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
+    return [
+        nn.Conv2d(channels, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(flat, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, classes),
+    ]
+
+
+def _small_cnn(channels: int, height: int, width: int, *, classes: int) -> list[nn.Module]:
+    """Stages of 3 x 3 convolution and halving, two at least, then one hidden layer."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise((channels, *_stage_channels(max(height, width)))):
+        steps = tuple(2 if side >= 4 else 1 for side in (height, width))
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(steps)]
+        height, width = height // steps[0], width // steps[1]
+        last = after
+    return [
+        *layers,
+        nn.Flatten(),
+        nn.Linear(last * height * width, 64),
+        nn.ReLU(),
+        nn.Linear(64, classes),
+    ]
+
+
+def _stage_channels(side: int) -> list[int]:
+    stages = 2
+    while side >> stages > _SMALL_CNN_SIDE:
+        stages += 1
+    last = len(_SMALL_CNN_CHANNELS) - 1
+    return [_SMALL_CNN_CHANNELS[min(stage, last)] for stage in range(stages)]
