@@ -2,9 +2,9 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-FASHION_DEB_DIR := /usr/share/datasets/fashion-mnist
+FASHION_MNIST := usr/share/datasets/fashion-mnist
 
-.PHONY: install demo test test-all check format clean
+.PHONY: install data demo test test-all check format clean
 
 install: $(VENV)/.installed
 
@@ -15,7 +15,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install
+# Debian and Ubuntu package Fashion-MNIST; unpacking it here needs no root. Elsewhere: DATA=folder.
+data:
+	@if [ ! -d /$(FASHION_MNIST) ] && [ ! -d .data/$(FASHION_MNIST) ] && command -v apt-get >/dev/null; then \
+	  mkdir -p .data && cd .data && apt-get download -qq dataset-fashion-mnist >/dev/null 2>&1 \
+	    && dpkg-deb -x dataset-fashion-mnist_*.deb . && rm dataset-fashion-mnist_*.deb \
+	    || echo "Fashion-MNIST cannot be fetched here; the demo takes scikit-learn's digits"; \
+	fi
+
+demo: install data
 	$(BIN)/shoal-sim demo $(ARGS)
 
 test: install

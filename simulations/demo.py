@@ -1,0 +1,256 @@
+"""The whole loop on this machine, with real parts: what ``make demo`` runs.
+
+A coordinator and its agents start as separate processes; each agent owns a skewed part of a real
+data set; they train together, the result is exported, compressed, signed, delivered, self-tested
+and served; then the same test images go to each agent's endpoint. Started again on the same folder,
+it goes on with the devices, and with the run, that are there.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+
+from edge_agent.data_commands import register_data
+from edge_agent.training import evaluate
+from shared.errors import UnavailableError
+from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
+from shared.tasks.examples import Examples
+from shared.tasks.registry import load_task
+from shared.tasks.task import seeded_model
+from shared.tasks.vectors import to_vector
+from simulations import demo_view
+from simulations.datasets import ImageDataset, load_images
+from simulations.local_fleet import LocalFleet
+from simulations.oip_client import InferenceClient
+from simulations.partition import dirichlet_partition
+
+ALPHA = 0.3
+TEST_BATCH = 100
+LATENCY_REQUESTS = 200
+_ENDED = {"finished", "failed", "stopped"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What a person may change on the command line."""
+
+    home: Path
+    data: Path | None = None
+    agents: int = 5
+    rounds: int = 10
+    seed: int = 7
+    keep: bool = False
+
+
+def run_demo(options: DemoOptions, console: Console) -> None:
+    """Run the loop from nothing to served predictions, and show each step.
+
+    Raises:
+        ShoalError: a step failed or took longer than its deadline; all children are ended.
+    """
+    dataset = load_images(options.data)
+    console.print(
+        f"[bold]Shoal[/]: {options.agents} agents learn [bold]{dataset.title}[/] together "
+        f"({len(dataset.train):,} training and {len(dataset.test):,} test images, "
+        f"seed {options.seed}). No image leaves its agent; until secure sums exist, per-device "
+        "parameters and metrics still reach the coordinator."
+    )
+    fleet = LocalFleet(options.home, outlive_us=options.keep)
+    try:
+        _Demo(options, console, dataset, fleet).run()
+    except BaseException:
+        console.print("[yellow]Ending every process …[/]")
+        fleet.stop()
+        _say_where(console, fleet)
+        raise
+    if options.keep:
+        _say_what_runs(console, fleet)
+    else:
+        fleet.stop()
+    _say_where(console, fleet)
+
+
+class _Demo:
+    """The steps, in order; each shows what it did."""
+
+    def __init__(
+        self, options: DemoOptions, console: Console, dataset: ImageDataset, fleet: LocalFleet
+    ) -> None:
+        self.options, self.console, self.dataset, self.fleet = options, console, dataset, fleet
+        self.names = [f"agent-{number}" for number in range(1, options.agents + 1)]
+        self.task = dataset.task(name="demo-images", model="small-cnn")
+
+    def run(self) -> None:
+        self._start_coordinator()
+        self._prepare_agents()
+        self._start_agents()
+        run = self._train()
+        version = self._await_version(run)
+        self._await_serving(version["version"])
+        self._measure(version)
+
+    def _start_coordinator(self) -> None:
+        with self.console.status("starting the coordinator, its broker and its SuperLink …"):
+            self.fleet.start_coordinator("--port", "0", "--mqtt-port", "0", "--fleet-port", "0")
+        self.console.print(f"[green]✓[/] coordinator at {self.fleet.api_url}")
+
+    def _prepare_agents(self) -> None:
+        parts = self._deal()
+        labels = self.dataset.labels
+        counts = {n: np.bincount(parts[n].targets, minlength=len(labels)) for n in parts}
+        self.console.print(demo_view.partition_table(counts, labels))
+        fresh = [n for n in self.names if not _is_enrolled(self.fleet.agent_home(n))]
+        if not fresh:
+            self.console.print(f"[green]✓[/] {len(self.names)} agents are enrolled from before")
+            return
+        with self.console.status("enrolling agents and checking their data …"):
+            token = self.fleet.post("/v1/tokens", {"uses": len(fresh), "ttl_s": 600})["token"]
+            for name in fresh:
+                self.fleet.enroll(name, token)
+                self._give_data(name, parts[name])
+        self.console.print(f"[green]✓[/] {len(fresh)} agents enrolled, each with its own data")
+
+    def _deal(self) -> dict[str, Examples]:
+        train = self.dataset.train
+        rng = np.random.default_rng(self.options.seed)
+        parts = dirichlet_partition(train.targets, devices=len(self.names), alpha=ALPHA, rng=rng)
+        return {name: train.take(rows) for name, rows in zip(self.names, parts, strict=True)}
+
+    def _give_data(self, name: str, part: Examples) -> None:
+        path = self.fleet.home / "data" / f"{name}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, images=part.inputs, labels=part.targets)
+        register_data(self.fleet.agent_home(name), name="images", path=path, task=self.task)
+
+    def _start_agents(self) -> None:
+        for name in self.names:
+            self.fleet.start_agent(name, "--inference-port", "0")
+        with self.console.status("agents connect over MQTT …"):
+            self.fleet.wait_for(
+                "all agents to be online",
+                lambda: all(d["online"] for d in self._devices()) or None,
+                deadline_s=60,
+            )
+        self.console.print(f"[green]✓[/] {len(self.names)} agents are online")
+
+    def _train(self) -> Mapping[str, Any]:
+        active = [r for r in self.fleet.get("/v1/runs") if r["state"] not in _ENDED]
+        if active:
+            run_id = active[0]["run_id"]
+            self.console.print(f"[green]✓[/] run {run_id} goes on where it was interrupted")
+        else:
+            plan = msgspec.to_builtins(self._plan())
+            run_id = self.fleet.post("/v1/runs", plan)["run_id"]
+        polls = self.fleet.polls(
+            "the run to end", lambda: self.fleet.get(f"/v1/runs/{run_id}"), deadline_s=900
+        )
+        with Live(console=self.console, refresh_per_second=4) as live:
+            for run in polls:
+                live.update(demo_view.rounds_table(run))
+                if run["state"] in _ENDED:
+                    break
+        if run["state"] != "finished":
+            raise UnavailableError(f"the run {run['state']}: {run['cause']}")
+        return run  # type: ignore[no-any-return]  # a JSON document
+
+    def _plan(self) -> RunPlan:
+        agents = self.options.agents
+        return RunPlan(
+            name="demo",
+            task=self.task,
+            rounds=self.options.rounds,
+            seed=self.options.seed,
+            training=TrainingPlan(max_batches=40, batch_size=32, learning_rate=0.05, momentum=0.9),
+            cohort=CohortPlan(
+                size=agents,
+                quorum=max(1, agents - 2),
+                recruit_deadline_s=60,
+                round_deadline_s=120,
+            ),
+        )
+
+    def _await_version(self, run: Mapping[str, Any]) -> Mapping[str, Any]:
+        version: Mapping[str, Any] = self.fleet.get(f"/v1/models/{run['model_version']}")
+        self.console.print(demo_view.variants_table(version))
+        return version
+
+    def _await_serving(self, wanted: str) -> None:
+        polls = self.fleet.polls("every agent to serve the model", self._devices, deadline_s=120)
+        with Live(console=self.console, refresh_per_second=4) as live:
+            for devices in polls:
+                live.update(demo_view.serving_table(devices, wanted))
+                if all((d["reported"] or {}).get("serving_version") == wanted for d in devices):
+                    return
+
+    def _measure(self, version: Mapping[str, Any]) -> None:
+        with self.console.status("sending the test images to every agent …"):
+            before = self._accuracy_before()
+            rows = [self._measure_agent(name, before, version) for name in self.names]
+        self.console.print(demo_view.results_table(rows))
+
+    def _accuracy_before(self) -> float:
+        task = load_task(self.task)
+        initial = to_vector(seeded_model(task, self.options.seed))
+        return task.summarize(evaluate(task, initial, self.dataset.test))[task.primary_metric]
+
+    def _measure_agent(
+        self, name: str, before: float, version: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        inputs = self.dataset.test.inputs.astype(np.float32)
+        with InferenceClient(self._endpoint(name), version["model"]) as client:
+            answers = [
+                client.infer(inputs[start : start + TEST_BATCH]).argmax(axis=1)
+                for start in range(0, len(inputs), TEST_BATCH)
+            ]
+            latencies = client.latencies_ms(inputs[:1], requests=LATENCY_REQUESTS)
+        device = next(d for d in self._devices() if d["device_id"] == name)
+        sizes = {v["variant"]: v["size_bytes"] for v in version["variants"]}
+        return {
+            "agent": name,
+            "before": before,
+            "after": float(np.mean(np.concatenate(answers) == self.dataset.test.targets)),
+            "serving": device["reported"]["serving_version"],
+            "wanted": version["version"],
+            "full_bytes": sizes["fp32"],
+            "shipped_bytes": sizes[version["ship"]],
+            "p50_ms": statistics.median(latencies),
+        }
+
+    def _endpoint(self, name: str) -> str:
+        home = str(self.fleet.agent_home(name))
+        status = self.fleet.command("edge_agent", "status", "--home", home, "--json")
+        return str(msgspec.json.decode(status)["inference_address"])
+
+    def _devices(self) -> Sequence[Mapping[str, Any]]:
+        devices: list[Mapping[str, Any]] = self.fleet.get("/v1/devices")
+        return [device for device in devices if device["device_id"] in self.names]
+
+
+def _is_enrolled(home: Path) -> bool:
+    return (home / "enrolment.json").exists() and (home / "data.json").exists()
+
+
+def _say_what_runs(console: Console, fleet: LocalFleet) -> None:
+    pids = [fleet.coordinator, *fleet.agents.values()]
+    console.print(
+        "[bold]Everything keeps running.[/] End it with: kill "
+        + " ".join(str(program.pid) for program in pids if program)
+    )
+
+
+def _say_where(console: Console, fleet: LocalFleet) -> None:
+    home, coordinator = fleet.home, fleet.coordinator_home
+    console.print(
+        f"logs      {home / 'logs'}, {coordinator / 'logs'}   (less …)\n"
+        f"database  {coordinator / 'shoal.db'}   (sqlite3 … 'select * from rounds')\n"
+        f"models    {coordinator / 'blobs'} and {home / 'agents'}/*/models\n"
+        f"look      shoal model list --home {coordinator}, "
+        f"shoal-agent status --home {home / 'agents' / 'agent-1'}"
+    )
