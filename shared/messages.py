@@ -32,7 +32,8 @@ MAX_MESSAGE_BYTES = 64 * 1024  # sealed; brokers are configured to the same limi
 ALL_DEVICES = "*"
 
 DEVICE_ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
-Text = Annotated[str, Meta(max_length=500)]
+MAX_TEXT_LENGTH = 500
+Text = Annotated[str, Meta(max_length=MAX_TEXT_LENGTH)]
 Identifier = Annotated[str, Meta(max_length=128)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
@@ -354,6 +355,11 @@ def decode(
     if envelope.expires_at.tzinfo is None or envelope.expires_at <= now:
         raise PeerError(f"message expired at {envelope.expires_at.isoformat()}")
     return envelope
+
+
+def as_text(words: object) -> str:
+    """Cut what a person is told (an error's sentence) to what a `Text` field may hold."""
+    return " ".join(str(words).split())[:MAX_TEXT_LENGTH]
 
 
 def utc_now() -> datetime:

@@ -1,0 +1,368 @@
+"""This device's part in runs: whether it says yes, and the trainer that then works for it.
+
+The decision is a pure function. The rest is one job that reads a mailbox, so everything that
+happens to the trainer (invited, nudged, dismissed, joined, replied, ended) happens one at a time.
+A device takes part in one run at once. After a restart of the daemon nothing is resumed: the
+coordinator misses the device and invites it again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edge_agent.trainer_messages import (
+    FromTrainer,
+    MessageWaits,
+    StartTraining,
+    StopTraining,
+    TrainerFailed,
+    TrainerJoined,
+    TrainerProgress,
+    TrainerReplied,
+)
+from shared.child import Child
+from shared.errors import DataError, PeerError, UnavailableError
+from shared.messages import (
+    DismissFromRun,
+    Invitation,
+    InvitationAnswer,
+    JoinedRun,
+    LeftRun,
+    Nudge,
+    ReplyWaiting,
+    UpBody,
+    as_text,
+)
+from shared.tasks.spec import TaskSpec
+
+logger = logging.getLogger(__name__)
+
+TRAINER = (sys.executable, "-m", "edge_agent.trainer")
+_FAREWELL_S = 5.0  # how long a trainer may take to leave the SuperLink by itself
+
+
+class DataFacts(Protocol):
+    """What the decision needs to know about one data source of the owner."""
+
+    @property
+    def name(self) -> str:
+        """Key in the data registry."""
+        ...
+
+    @property
+    def train_rows(self) -> int:
+        """Rows that may be trained on."""
+        ...
+
+
+class KnowsData(Protocol):
+    """The owner's registry of data."""
+
+    def find(self, task: TaskSpec) -> DataFacts:
+        """Return the data for ``task``; raise DataError with the reason when there is none."""
+        ...
+
+
+class Sends(Protocol):
+    """`ControlLink.send`."""
+
+    async def __call__(self, body: UpBody, *, reply_to: str | None = None) -> None:
+        """Say ``body`` to the coordinator, now or later."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Yes:
+    """Take part, with this data."""
+
+    data_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class No:
+    """Do not take part; the coordinator counts reasons."""
+
+    reason: str
+
+
+def decide(invitation: Invitation, data: DataFacts | No, *, busy_with: str | None) -> Yes | No:
+    """Answer an invitation; ``busy_with`` is the run that the trainer works for, if any."""
+    if busy_with not in {None, invitation.run_id}:
+        return No(f"this device already takes part in run {busy_with}")
+    if isinstance(data, No):
+        return data
+    if data.train_rows < invitation.min_examples:
+        return No(
+            f"data {data.name!r} has {data.train_rows} training rows, "
+            f"the run wants {invitation.min_examples}"
+        )
+    return Yes(data.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Invited:
+    invitation: Invitation
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    trainer: Child
+    message: FromTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    trainer: Child
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    cause: str
+    done: asyncio.Event
+
+
+_Post = _Invited | Nudge | DismissFromRun | _Said | _Ended | _Stop
+
+
+@dataclass(slots=True)
+class _Part:
+    """One trainer at work for one session of one run."""
+
+    run_id: str
+    session_id: str
+    trainer: Child
+    joined: bool = False
+    doing: str = "starting"
+    failure: str = ""
+
+
+class Participation:
+    """Owns the trainer child. Its methods only post to the mailbox that `run` works off."""
+
+    def __init__(
+        self,
+        *,
+        home: Path,
+        node_key_path: Path,
+        superlink_ca_pem: str,
+        data: KnowsData,
+        send: Sends,
+        changed: Callable[[], None] = lambda: None,
+        trainer: Sequence[str] = TRAINER,
+        trainer_env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describe the part.
+
+        Args:
+            home: the agent's state folder; the trainer's log goes below it.
+            node_key_path: of the key with which the trainer signs at the SuperLink.
+            superlink_ca_pem: what the SuperLink's certificate must be signed by.
+            data: the owner's registry.
+            send: `ControlLink.send`.
+            changed: called when what `doing` returns has changed.
+            trainer: the child's command line.
+            trainer_env: variables for the child on top of our own.
+        """
+        self._home = home
+        self._node_key_path = node_key_path
+        self._superlink_ca_pem = superlink_ca_pem
+        self._data = data
+        self._send = send
+        self._changed = changed
+        self._trainer = trainer
+        self._trainer_env = trainer_env
+        self._part: _Part | None = None
+        self._mailbox: asyncio.Queue[_Post] = asyncio.Queue()
+
+    @property
+    def doing(self) -> str:
+        """For the owner: the run this device is in and what its trainer does; empty when idle."""
+        part = self._part
+        return "" if part is None else f"{part.run_id}: {part.doing}"
+
+    def invite(self, invitation: Invitation, *, message_id: str) -> None:
+        """Have an invitation answered; ``message_id`` is its envelope's, for the answer."""
+        self._mailbox.put_nowait(_Invited(invitation, message_id))
+
+    def nudge(self, nudge: Nudge) -> None:
+        """A message waits at the SuperLink."""
+        self._mailbox.put_nowait(nudge)
+
+    def dismiss(self, dismissal: DismissFromRun) -> None:
+        """The run is over for this device."""
+        self._mailbox.put_nowait(dismissal)
+
+    def stop_training(self, cause: str) -> asyncio.Event:
+        """Leave whatever run there is; the event is set when that is done."""
+        done = asyncio.Event()
+        self._mailbox.put_nowait(_Stop(cause, done))
+        return done
+
+    async def run(self) -> None:
+        """Work off the mailbox until cancelled; no trainer outlives this."""
+        try:
+            async with asyncio.TaskGroup() as listeners:
+                while True:
+                    await self._handle(await self._mailbox.get(), listeners)
+        finally:
+            if self._part is not None:
+                self._part.trainer.kill()
+                await self._part.trainer.wait()
+
+    async def _handle(self, post: _Post, listeners: asyncio.TaskGroup) -> None:
+        match post:
+            case _Invited(invitation=invitation, message_id=message_id):
+                await self._answer(invitation, message_id, listeners)
+            case Nudge(session_id=session_id):
+                if self._part is not None and self._part.session_id == session_id:
+                    await self._part.trainer.send(MessageWaits())
+            case DismissFromRun(session_id=session_id, cause=cause):
+                if self._part is not None and self._part.session_id == session_id:
+                    await self._leave(cause)
+            case _Stop(cause=cause, done=done):
+                await self._leave(cause)
+                done.set()
+            case _Said(trainer=trainer, message=message):
+                if self._part is not None and self._part.trainer is trainer:
+                    await self._hear(self._part, message)
+            case _Ended(trainer=trainer, status=status):
+                if self._part is not None and self._part.trainer is trainer:
+                    await self._forget(self._part, self._cause_of_end(self._part, status))
+        self._changed()
+
+    async def _answer(
+        self, invitation: Invitation, message_id: str, listeners: asyncio.TaskGroup
+    ) -> None:
+        part = self._part
+        decision = decide(
+            invitation,
+            self._find(invitation.task),
+            busy_with=part.run_id if part is not None else None,
+        )
+        if isinstance(decision, Yes):
+            try:
+                await self._take_part(invitation, decision, listeners)
+            except UnavailableError as error:
+                decision = No(str(error))
+        reason = decision.reason if isinstance(decision, No) else ""
+        logger.info(
+            "invited to run %s: %s", invitation.run_id, f"no, {reason}" if reason else "yes"
+        )
+        answer = InvitationAnswer(
+            run_id=invitation.run_id,
+            session_id=invitation.session_id,
+            accepted=isinstance(decision, Yes),
+            reason=as_text(reason),
+        )
+        await self._send(answer, reply_to=message_id)
+        part = self._part
+        if part is not None and part.joined and part.session_id == invitation.session_id:
+            await self._say_joined(part)  # it lost us for a while; our trainer never left
+
+    def _find(self, task: TaskSpec) -> DataFacts | No:
+        try:
+            return self._data.find(task)
+        except DataError as error:
+            return No(str(error))
+
+    async def _take_part(
+        self, invitation: Invitation, decision: Yes, listeners: asyncio.TaskGroup
+    ) -> None:
+        """Start a trainer, unless one works for this very session already."""
+        if self._part is not None:
+            if self._part.session_id == invitation.session_id:
+                return
+            logger.info("run %s goes on in a new session", invitation.run_id)
+            old, self._part = self._part, None
+            await _end(old.trainer, "the run goes on in a new session")
+        trainer = await Child.start(
+            self._trainer,
+            name="trainer",
+            log_path=self._home / "logs" / "trainer.log",
+            env=self._trainer_env,
+        )
+        self._part = _Part(invitation.run_id, invitation.session_id, trainer)
+        listeners.create_task(self._listen(trainer), name="trainer-listener")
+        await trainer.send(
+            StartTraining(
+                run_id=invitation.run_id,
+                session_id=invitation.session_id,
+                task=invitation.task,
+                data_name=decision.data_name,
+                home=str(self._home),
+                superlink_address=invitation.superlink_address,
+                superlink_ca_pem=self._superlink_ca_pem,
+                node_key_path=str(self._node_key_path),
+                lease_s=invitation.lease_s,
+            )
+        )
+
+    async def _listen(self, trainer: Child) -> None:
+        """Post all that ``trainer`` says, and its end, to the mailbox."""
+        try:
+            async for message in trainer.messages(FromTrainer):
+                self._mailbox.put_nowait(_Said(trainer, message))
+        except PeerError as error:
+            logger.warning("stopping the trainer: %s", error)
+            self._mailbox.put_nowait(_Said(trainer, TrainerFailed(str(error))))
+            trainer.kill()
+        self._mailbox.put_nowait(_Ended(trainer, await trainer.wait()))
+
+    async def _hear(self, part: _Part, message: FromTrainer) -> None:
+        match message:
+            case TrainerJoined():
+                part.joined, part.doing = True, "waiting for work"
+                logger.info("joined run %s", part.run_id)
+                await self._say_joined(part)
+            case TrainerReplied(message_id=message_id):
+                part.doing = "waiting for work"
+                await self._send(
+                    ReplyWaiting(
+                        run_id=part.run_id, session_id=part.session_id, message_id=message_id
+                    )
+                )
+            case TrainerProgress(doing=doing):
+                part.doing = doing
+                logger.info("run %s: %s", part.run_id, doing)
+            case TrainerFailed(cause=cause):
+                part.failure = cause
+
+    async def _say_joined(self, part: _Part) -> None:
+        await self._send(JoinedRun(run_id=part.run_id, session_id=part.session_id))
+
+    async def _leave(self, cause: str) -> None:
+        """End the trainer, if there is one, and say so."""
+        if self._part is not None:
+            await _end(self._part.trainer, cause)
+            await self._forget(self._part, cause)
+
+    async def _forget(self, part: _Part, cause: str) -> None:
+        self._part = None
+        logger.info("left run %s: %s", part.run_id, cause)
+        await self._send(
+            LeftRun(run_id=part.run_id, session_id=part.session_id, cause=as_text(cause))
+        )
+
+    @staticmethod
+    def _cause_of_end(part: _Part, status: int) -> str:
+        if part.failure:
+            return part.failure
+        if status == 0:
+            return "the trainer heard nothing any more and ended"
+        last_words = part.trainer.log_tail(1)
+        return f"the trainer ended with status {status}: {last_words or 'no last words'}"
+
+
+async def _end(trainer: Child, cause: str) -> None:
+    """Let ``trainer`` leave by itself, and see to it that it is gone."""
+    await trainer.send(StopTraining(cause))
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(trainer.wait(), _FAREWELL_S)
+    await trainer.stop(timeout_s=_FAREWELL_S)
