@@ -18,7 +18,7 @@ from shared.signing import SigningKey, VerifyingKey, open_sealed, seal
 from shared.tasks.spec import TaskSpec
 
 PAYLOAD_TYPE = "application/vnd.shoal.manifest.v1+json"
-MAX_MANIFEST_BYTES = 1024 * 1024
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a golden batch of one 224 x 224 colour image takes 1.1 MB
 MAX_ARTIFACT_BYTES = 2 * 1024**3
 # What an artifact may ask of ONNX Runtime; anything else in `session_config` is refused.
 ALLOWED_SESSION_CONFIG = frozenset({"session.disable_quant_qdq"})

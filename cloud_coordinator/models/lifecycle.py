@@ -30,8 +30,7 @@ S, E = VersionState, VersionEvent  # short names keep the table readable
 TRANSITIONS: dict[VersionState, dict[VersionEvent, VersionState]] = {
     S.CANDIDATE: {E.VARIANTS_BUILT: S.COMPRESSED, E.BUILD_REFUSED: S.REJECTED},
     S.COMPRESSED: {E.MANIFEST_SIGNED: S.SIGNED, E.BUILD_REFUSED: S.REJECTED},
-    # A run that was started earlier may end later: its version is then replaced before it shipped.
-    S.SIGNED: {E.MADE_CURRENT: S.CURRENT, E.REPLACED: S.SUPERSEDED},
+    S.SIGNED: {E.MADE_CURRENT: S.CURRENT},
     S.CURRENT: {E.REPLACED: S.SUPERSEDED},
     S.SUPERSEDED: {},
     S.REJECTED: {},

@@ -49,9 +49,10 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
 
 
 class BuildFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """These parameters can become no version; the child ends with status 1."""
+    """There is no version; the child ends with status 1."""
 
     cause: str
+    rejected: bool  # these parameters can become no version; False: mend the cause and try again
     variants: tuple[VariantReport, ...] = ()  # what was measured before it was clear
 
 

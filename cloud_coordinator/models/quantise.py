@@ -22,7 +22,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.quant_utils import QuantType
+from onnxruntime.quantization.quantize import quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from shared.errors import UnfitModelError
@@ -45,8 +46,9 @@ class Variant:
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Store and compute in half precision; inputs and outputs stay float32."""
-    # The converter shares tensors with its input, which must stay what it is.
-    converted: onnx.ModelProto = convert_float_to_float16(copy.deepcopy(model), keep_io_types=True)
+    # The converter takes over tensors of its input, which must stay what it is.
+    half: Any = convert_float_to_float16  # without types
+    converted: onnx.ModelProto = half(copy.deepcopy(model), keep_io_types=True)
     return converted
 
 
@@ -141,8 +143,8 @@ def _channel_axis(node: Any, position: int, name: str, graph: Any) -> int | None
     return None
 
 
-def _pays(weight: NDArray[Any], axis: int) -> bool:
-    return 3 * weight.size > 4 * weight.shape[axis] + _NODE_BYTES
+def _pays(weight: NDArray[np.float32], axis: int) -> bool:
+    return bool(3 * weight.size > 4 * weight.shape[axis] + _NODE_BYTES)
 
 
 # Tolerances are relative errors as parity.py defines them. float32 in another order of summation

@@ -1,0 +1,384 @@
+"""From a run's last parameters to a signed version, and everything that is asked about versions.
+
+The heavy work is done by the pipeline child; this module imports neither torch nor onnx. A crash
+anywhere before the one transaction that signs a version leaves its row a candidate and perhaps
+some orphaned blobs: building again is all there is to do, and building what is built does nothing.
+"""
+
+import asyncio
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Collection
+from datetime import datetime, timedelta
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import msgspec
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from cloud_coordinator.blobs import BlobStore
+from cloud_coordinator.database import Database, change_one
+from cloud_coordinator.models.lifecycle import VersionEvent, VersionState, next_state
+from cloud_coordinator.models.pipeline_messages import (
+    BuildFailed,
+    BuildProgress,
+    BuildVersion,
+    Built,
+    FromPipeline,
+    VariantReport,
+)
+from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
+from shared.child import Child
+from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
+from shared.files import sha256_of
+from shared.manifest import Artifact, Lineage, Manifest, SignedManifest, sign_manifest
+from shared.messages import utc_now
+from shared.run_plan import RunPlan
+from shared.signing import SigningKey
+
+logger = logging.getLogger(__name__)
+
+BUILD_DEADLINE = timedelta(minutes=20)
+KEPT_VERSIONS = 3  # of each model, beside those that are current or desired
+_PIPELINE = (sys.executable, "-m", "cloud_coordinator.models.pipeline")
+
+
+class ModelService:
+    """The registry of model versions. Its methods block on the database unless they are async."""
+
+    def __init__(
+        self,
+        database: Database,
+        blobs: BlobStore,
+        model_key: SigningKey,
+        home: Path,
+        *,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._key = model_key
+        self._folder = home / "models" / "building"
+        self._log_path = home / "logs" / "model-pipeline.log"
+        self._clock = clock
+        self._one_at_a_time = asyncio.Lock()
+        self._verified: dict[Path, tuple[int, int]] = {}
+
+    async def build_version(
+        self,
+        *,
+        run_id: str,
+        plan: RunPlan,
+        parameters_sha256: str,
+        rounds: int,
+        parent: str | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> str:
+        """Make the signed version of a finished run; safe to call again after any crash.
+
+        Args:
+            run_id: the run; it has one version at most.
+            plan: its plan.
+            parameters_sha256: blob of its last committed parameters.
+            rounds: how many rounds it committed.
+            parent: the version that it started from.
+            say: told what happens now, for people.
+
+        Returns:
+            The version: the digest of its manifest.
+
+        Raises:
+            UnfitModelError: these parameters can become no version; it is rejected for good.
+            UntrustedModelError: a file changed on the disk on its way.
+            UnavailableError: the pipeline died, took too long, or lacked something; try again.
+        """
+        async with self._one_at_a_time:  # one torch in memory is enough
+            row = await asyncio.to_thread(
+                self._candidate,
+                ModelVersionRow(
+                    run_id=run_id,
+                    model=plan.task.name,
+                    state=VersionState.CANDIDATE.value,
+                    created_at=self._clock(),
+                    rounds=rounds,
+                    parameters_sha256=parameters_sha256,
+                    parent=parent,
+                ),
+            )
+            if row.state == VersionState.REJECTED:
+                raise UnfitModelError(row.cause)
+            if row.version is not None:
+                return row.version
+            return await self._build(row, plan, say)
+
+    def versions(self) -> list[ModelVersionRow]:
+        """Return all versions, the newest first, with their variants."""
+        with self._database.transaction() as session:
+            newest_first = select(ModelVersionRow).order_by(ModelVersionRow.created_at.desc())
+            return list(session.scalars(newest_first))
+
+    def version(self, version: str) -> ModelVersionRow:
+        """Return one version with its variants; raise NotFoundError for an unknown one."""
+        with self._database.transaction() as session:
+            return _by_digest(session, version)
+
+    def manifest_bytes(self, version: str) -> bytes:
+        """Return the sealed manifest; raise NotFoundError for an unknown version."""
+        sealed = self.version(version).sealed
+        assert sealed is not None  # a version has its name from the manifest
+        return sealed
+
+    def artifact_path(self, sha256: str) -> Path:
+        """Return the file of an artifact, checked against its name.
+
+        Raises:
+            NotFoundError: no version has this artifact, or it was tidied away with old versions.
+            UntrustedModelError: the file was changed, or the disk failed.
+        """
+        with self._database.transaction() as session:
+            known = session.scalar(select(VariantRow).where(VariantRow.sha256 == sha256).limit(1))
+        if known is None:  # other blobs are nobody's business
+            raise NotFoundError(f"no model version has an artifact {sha256[:12]}")
+        path = self._blobs.path_of(sha256)
+        self._verify(path, sha256)
+        return path
+
+    def make_current(self, session: Session, version: str) -> None:
+        """Note, inside the caller's transaction, that devices of a model should serve ``version``.
+
+        The version that was current before is superseded. Nothing happens if it is current already.
+
+        Raises:
+            NotFoundError: there is no such version.
+            IllegalTransitionError: it was superseded.
+            ConflictError: somebody else moved it meanwhile.
+        """
+        row = _by_digest(session, version)
+        if row.state == VersionState.CURRENT:
+            return
+        others = select(ModelVersionRow).where(
+            ModelVersionRow.model == row.model,
+            ModelVersionRow.state == VersionState.CURRENT.value,
+        )
+        _move(session, row, VersionEvent.MADE_CURRENT)
+        for other in session.scalars(others):
+            if other.run_id != row.run_id:
+                _move(session, other, VersionEvent.REPLACED)
+
+    def blobs_to_keep(self, *, protect: Collection[str], last: int = KEPT_VERSIONS) -> set[str]:
+        """Return the blobs that versions still need; all other artifacts may be collected.
+
+        Args:
+            protect: versions that some device serves or should serve.
+            last: so many of the newest versions of each model are kept besides.
+        """
+        kept: dict[str, int] = {}
+        blobs: set[str] = set()
+        for row in self.versions():
+            needed = row.state in {VersionState.CANDIDATE, VersionState.CURRENT}
+            if row.version is not None and kept.setdefault(row.model, 0) < last:
+                kept[row.model] += 1
+                needed = True
+            if needed or row.version in protect:
+                blobs.add(row.parameters_sha256)
+                blobs.update(v.sha256 for v in row.variants if v.sha256 is not None)
+        return blobs
+
+    async def _build(self, row: ModelVersionRow, plan: RunPlan, say: Callable[[str], None]) -> str:
+        parameters = self._blobs.path_of(row.parameters_sha256)
+        await asyncio.to_thread(self._verify, parameters, row.parameters_sha256)
+        try:
+            await asyncio.to_thread(_make_empty, self._folder)
+            order = BuildVersion(
+                task=plan.task,
+                parameters_path=str(parameters),
+                folder=str(self._folder),
+                seed=plan.seed,
+            )
+            result = await self._run_pipeline(order, say)
+            if isinstance(result, Built):
+                return await asyncio.to_thread(self._publish, row, plan, result)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        if not result.rejected:
+            raise UnavailableError(result.cause)
+        await asyncio.to_thread(self._reject, row, result)
+        raise UnfitModelError(result.cause)
+
+    async def _run_pipeline(
+        self, order: BuildVersion, say: Callable[[str], None]
+    ) -> Built | BuildFailed:
+        child = await Child.start(_PIPELINE, name="model pipeline", log_path=self._log_path)
+        try:
+            async with asyncio.timeout(BUILD_DEADLINE.total_seconds()):
+                await child.send(order)
+                async for message in child.messages(FromPipeline):
+                    if not isinstance(message, BuildProgress):
+                        assert isinstance(message, Built | BuildFailed)
+                        return message
+                    logger.info("model pipeline: %s", message.doing)
+                    say(message.doing)
+                status = await child.wait()
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"the model pipeline was not done after {BUILD_DEADLINE}; see {self._log_path}"
+            ) from error
+        finally:
+            await child.stop()
+        raise UnavailableError(
+            f"the model pipeline ended with status {status}; {self._log_path} says why"
+        )
+
+    def _candidate(self, fresh: ModelVersionRow) -> ModelVersionRow:
+        """Return the run's version row, which is ``fresh`` where there was none."""
+        with self._database.transaction() as session:
+            row = session.get(ModelVersionRow, fresh.run_id)
+            if row is None:
+                session.add(fresh)
+            return row or fresh
+
+    def _publish(self, row: ModelVersionRow, plan: RunPlan, built: Built) -> str:
+        """Store the files, then sign and record in one transaction."""
+        for report in built.variants:
+            if report.passed:
+                self._store(report)
+        signed = sign_manifest(self._manifest(row, plan, built), self._key)
+        compressed = next_state(VersionState(row.state), VersionEvent.VARIANTS_BUILT)
+        with self._database.transaction() as session:
+            change = (
+                update(ModelVersionRow)
+                .where(ModelVersionRow.run_id == row.run_id, ModelVersionRow.state == row.state)
+                .values(
+                    state=next_state(compressed, VersionEvent.MANIFEST_SIGNED).value,
+                    version=signed.version,
+                    sealed=signed.sealed,
+                    signed_at=signed.manifest.created_at,
+                )
+            )
+            change_one(session, change, what=f"the model version of run {row.run_id}")
+            session.add_all(_variant_rows(row.run_id, built.variants, ship=built.ship))
+        _log_signed(signed, built)
+        return signed.version
+
+    def _reject(self, row: ModelVersionRow, failed: BuildFailed) -> None:
+        with self._database.transaction() as session:
+            change = (
+                update(ModelVersionRow)
+                .where(ModelVersionRow.run_id == row.run_id, ModelVersionRow.state == row.state)
+                .values(
+                    state=next_state(VersionState(row.state), VersionEvent.BUILD_REFUSED).value,
+                    cause=failed.cause,
+                )
+            )
+            change_one(session, change, what=f"the model version of run {row.run_id}")
+            session.add_all(_variant_rows(row.run_id, failed.variants, ship=None))
+        logger.warning("model version of run %s rejected: %s", row.run_id, failed.cause)
+
+    def _store(self, report: VariantReport) -> None:
+        if self._blobs.put_file(self._folder / report.file) != report.sha256:
+            raise UntrustedModelError(
+                f"{report.file} is not the file that was checked; look who else writes to "
+                f"{self._folder}, then try again"
+            )
+
+    def _manifest(self, row: ModelVersionRow, plan: RunPlan, built: Built) -> Manifest:
+        return Manifest(
+            model=row.model,
+            task=plan.task,
+            created_at=self._clock(),
+            inputs=built.inputs,
+            outputs=built.outputs,
+            labels=built.labels,
+            artifacts=tuple(
+                Artifact(
+                    variant=report.variant,
+                    sha256=report.sha256,
+                    size_bytes=report.size_bytes,
+                    session_config=report.session_config,
+                )
+                for report in built.variants
+                if report.passed
+            ),
+            ship=built.ship,
+            golden=built.golden,
+            lineage=Lineage(
+                run_id=row.run_id,
+                rounds=row.rounds,
+                plan_digest=plan.digest,
+                parameters_sha256=row.parameters_sha256,
+                code_version=installed_version("shoal"),
+                parent=row.parent,
+            ),
+        )
+
+    def _verify(self, path: Path, sha256: str) -> None:
+        """Raise UntrustedModelError unless the blob holds what its name says.
+
+        A file is read once; afterwards its time and size tell whether it is still the same.
+        """
+        status = path.stat()
+        mark = (status.st_mtime_ns, status.st_size)
+        if self._verified.get(path) == mark:
+            return
+        if sha256_of(path) != sha256:
+            raise UntrustedModelError(
+                f"blob {sha256[:12]} does not hold what its name says; restore {path} from a backup"
+            )
+        self._verified[path] = mark
+
+
+def _by_digest(session: Session, version: str) -> ModelVersionRow:
+    row = session.scalar(select(ModelVersionRow).where(ModelVersionRow.version == version))
+    if row is None:
+        raise NotFoundError(
+            f"there is no model version {version[:80]!r}; 'shoal model list' shows all of them"
+        )
+    return row
+
+
+def _move(session: Session, row: ModelVersionRow, event: VersionEvent) -> None:
+    """Carry out one transition by compare-and-set."""
+    change = (
+        update(ModelVersionRow)
+        .where(ModelVersionRow.run_id == row.run_id, ModelVersionRow.state == row.state)
+        .values(state=next_state(VersionState(row.state), event).value)
+    )
+    change_one(session, change, what=f"the model version of run {row.run_id}")
+
+
+def _variant_rows(
+    run_id: str, reports: Collection[VariantReport], *, ship: str | None
+) -> list[VariantRow]:
+    return [
+        VariantRow(
+            run_id=run_id,
+            position=position,
+            shipped=report.variant == ship,
+            **{
+                name: value
+                for name, value in msgspec.structs.asdict(report).items()
+                if name != "file"
+            },
+        )
+        for position, report in enumerate(reports)
+    ]
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _log_signed(signed: SignedManifest, built: Built) -> None:
+    shipped = signed.manifest.shipped
+    logger.info(
+        "model version %s signed: ships %s of %d bytes, %d of %d variants passed",
+        signed.version[:12],
+        shipped.variant,
+        shipped.size_bytes,
+        len(signed.manifest.artifacts),
+        len(built.variants),
+        extra={"model_version": signed.version},
+    )
