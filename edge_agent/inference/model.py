@@ -1,0 +1,106 @@
+"""From a slot on disk to a model that was checked in this very process.
+
+The bytes that are hashed are the bytes that are loaded: the file is read once. The golden batch
+then has to come out as the manifest says, because a runtime may compute something else than the
+one that the version was judged with (another instruction set, a miscompiled kernel).
+"""
+
+import math
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from edge_agent.inference.engine import DTYPES, Array, Engine, EngineOptions
+from edge_agent.slots import MODEL, unverified_manifest
+from shared.errors import UnfitModelError, UntrustedModelError
+from shared.manifest import Manifest, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded version, and how far it was from its golden outputs on this machine."""
+
+    version: str
+    manifest: Manifest
+    engine: Engine
+    largest_difference: float  # in units of the output
+
+
+def load_model(slot: Path, options: EngineOptions | None = None) -> Model:
+    """Read, load and check the model in ``slot``.
+
+    Raises:
+        UntrustedModelError: a file is missing, or the model is not the one that the manifest names.
+        UnfitModelError: it does not load here, or its results are wrong.
+    """
+    version, manifest = unverified_manifest(slot)
+    artifact = manifest.shipped
+    engine = Engine(
+        _read_exactly(slot / MODEL, artifact.sha256),
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        session_config=artifact.session_config,
+        options=options,
+    )
+    return Model(version, manifest, engine, _check_golden(engine, manifest))
+
+
+def golden_inputs(manifest: Manifest) -> dict[str, Array]:
+    """Return the golden batch as the model's one input, shape (rows, …).
+
+    Raises:
+        UnfitModelError: the manifest has several inputs, or its batch is cut off.
+    """
+    if len(manifest.inputs) != 1 or len(manifest.outputs) != 1:
+        raise UnfitModelError(
+            f"the manifest has {len(manifest.inputs)} inputs and {len(manifest.outputs)} outputs; "
+            "this agent serves models with one of each"
+        )
+    spec = manifest.inputs[0]
+    values = _rows(manifest.golden.inputs, spec, manifest.golden.rows, "inputs")
+    return {spec.name: np.ascontiguousarray(values.astype(DTYPES[spec.datatype]))}
+
+
+def _read_exactly(path: Path, digest: str) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UntrustedModelError(f"cannot read {path}: {error.strerror}") from error
+    except MemoryError as error:
+        raise UnfitModelError("the model needs more memory than there is for it") from error
+    if (found := sha256(content).hexdigest()) != digest:
+        raise UntrustedModelError(
+            f"{path} has digest {found[:12]} and its manifest names {digest[:12]}"
+        )
+    return content
+
+
+def _check_golden(engine: Engine, manifest: Manifest) -> float:
+    """Return the largest difference from the golden outputs, which is within the tolerance."""
+    golden, spec = manifest.golden, manifest.outputs[0]
+    feeds = golden_inputs(manifest)
+    wanted = _rows(golden.outputs, spec, golden.rows, "outputs")
+    got = engine.run(feeds)[0]
+    if got.shape != wanted.shape or got.dtype != DTYPES[spec.datatype]:
+        raise UnfitModelError(
+            f"output {spec.name!r} came as {got.dtype}{list(got.shape)}, "
+            f"not as {spec.datatype}{list(wanted.shape)}"
+        )
+    if not np.isfinite(got).all():
+        raise UnfitModelError(f"output {spec.name!r} holds NaN or infinity on the golden batch")
+    difference = float(np.abs(got.astype(np.float64) - wanted).max())
+    if not difference <= golden.tolerance:  # a NaN in the manifest must not pass either
+        raise UnfitModelError(
+            f"the golden batch differs by {difference:.3g}, more than the tolerance of "
+            f"{golden.tolerance:.3g}"
+        )
+    return difference
+
+
+def _rows(content: bytes, spec: TensorSpec, rows: int, what: str) -> Array:
+    shape = (rows, *spec.shape[1:])
+    if any(dim < 1 for dim in shape) or len(content) != 4 * math.prod(shape):
+        raise UnfitModelError(f"the golden {what} do not have the shape {list(shape)}")
+    return np.frombuffer(content, dtype="<f4").reshape(shape)

@@ -1,0 +1,134 @@
+"""Everything beside inference: health, metadata and metrics, which nobody calls a thousand times.
+
+Loading and unloading belong to the coordinator, so the protocol's model repository extension is
+answered for its index alone and not announced.
+"""
+
+from importlib.metadata import version as version_of
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from edge_agent.inference.live import LiveModel, Served
+from edge_agent.inference.metrics import Metrics
+from shared.manifest import TensorSpec
+
+_NOT_READY = 400  # the protocol asks for a 4xx where ready is false
+
+
+def unknown_model(live: LiveModel, model: str, version: str | None) -> str:
+    """Return the sentence for a model or version that is not served."""
+    if live.now is None:
+        return "no model is served yet; the coordinator deploys one"
+    named = model if version is None else f"{model} version {version}"
+    return f"{named} is not served here; this is {live.now.manifest.model} {live.now.version}"
+
+
+def served_as(live: LiveModel, model: str, version: str | None) -> Served | None:
+    """Return what is served if it goes by that name and version."""
+    now = live.now
+    if now is None or model != now.manifest.model or version not in {None, now.version}:
+        return None
+    return now
+
+
+def build_pages(live: LiveModel, metrics: Metrics) -> Starlette:
+    """Return the ASGI app of all paths but inference."""
+    pages = _Pages(live, metrics)
+    model = "/v2/models/{model}"
+    versioned = f"{model}/versions/{{version}}"
+    return Starlette(
+        routes=[
+            Route("/v2", pages.server_metadata),
+            Route("/v2/health/live", pages.live),
+            Route("/v2/health/ready", pages.ready),
+            Route(model, pages.model_metadata),
+            Route(versioned, pages.model_metadata),
+            Route(f"{model}/ready", pages.model_ready),
+            Route(f"{versioned}/ready", pages.model_ready),
+            Route("/v2/repository/index", pages.index, methods=["POST"]),
+            Route("/v2/repository/models/{model}/{verb}", pages.refuse_loading, methods=["POST"]),
+            Route("/metrics", pages.metrics),
+        ],
+        exception_handlers={HTTPException: _as_json},
+    )
+
+
+class _Pages:
+    def __init__(self, live: LiveModel, metrics: Metrics) -> None:
+        self._live, self._metrics = live, metrics
+
+    async def server_metadata(self, _request: Request) -> Response:
+        return JSONResponse(
+            {
+                "name": "shoal-agent",
+                "version": version_of("shoal"),
+                "extensions": ["binary_tensor_data"],
+            }
+        )
+
+    async def live(self, _request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(self, _request: Request) -> Response:
+        ready = self._live.now is not None
+        return JSONResponse({"ready": ready}, status_code=200 if ready else _NOT_READY)
+
+    async def model_metadata(self, request: Request) -> Response:
+        return JSONResponse(_metadata(self._served(request)))
+
+    async def model_ready(self, request: Request) -> Response:
+        self._served(request)
+        return JSONResponse({"ready": True})
+
+    async def index(self, _request: Request) -> Response:
+        now = self._live.now
+        rows: list[dict[str, str]] = []
+        if now is not None:
+            row = {"name": now.manifest.model, "version": now.version}
+            rows.append({**row, "state": "READY", "reason": ""})
+        return JSONResponse(rows)
+
+    async def refuse_loading(self, _request: Request) -> Response:
+        raise HTTPException(403, "models are deployed by the coordinator, not loaded by clients")
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    def _served(self, request: Request) -> Served:
+        model, version = request.path_params["model"], request.path_params.get("version")
+        if served := served_as(self._live, model, version):
+            return served
+        raise HTTPException(404, unknown_model(self._live, model, version))
+
+
+def _metadata(served: Served) -> dict[str, Any]:
+    manifest = served.manifest
+    return {
+        "name": manifest.model,
+        "versions": [served.version],
+        "platform": "onnxruntime_onnx",
+        "inputs": [_tensor(spec) for spec in manifest.inputs],
+        "outputs": [_tensor(spec) for spec in manifest.outputs],
+        "parameters": {
+            "artifact": manifest.shipped.sha256,
+            "variant": manifest.ship,
+            "labels": list(manifest.labels),
+        },
+    }
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+
+
+async def _as_json(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(
+        {"error": error.detail}, status_code=error.status_code, headers=error.headers
+    )

@@ -1,0 +1,255 @@
+"""The daemon's end of the inference server: keeps the child alive and tells it what to serve.
+
+The daemon listens on the port itself and lends the socket to each child. So a port that is taken is
+known before anything starts, the port stays the same over restarts, and connections that arrive
+while a child restarts wait for the next one instead of being refused. A restarted child is given
+the slot that was served, by itself.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edge_agent.inference.messages import (
+    RESTORING,
+    Activate,
+    Activated,
+    FromServer,
+    Refused,
+    ServerReady,
+    Stats,
+)
+from edge_agent.inference.trial import CHILD_ENV, describe_exit
+from shared.child import Child
+from shared.errors import PeerError, UnavailableError, UnfitModelError
+from shared.files import write_atomic
+from shared.listening import require_free_port, require_loopback
+
+ADDRESS_FILE = "inference-address"  # in the agent's home while the server runs: host:port
+_BACKLOG = 1024
+_START_TIMEOUT_S = 60.0  # for a child to say that it is ready
+_ACTIVATE_TIMEOUT_S = 120.0  # for a model to load, pass its golden batch and take over
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 30.0
+_STEADY_S = 60.0  # a child that lived so long starts the back-off anew
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServingFacts:
+    """What is true now. Counts run on over restarts of the child."""
+
+    address: str  # host:port
+    version: str | None = None  # digest of the manifest that is served; None: nothing is
+    artifact: str | None = None  # digest of the file
+    requests: int = 0
+    errors: int = 0
+    p50_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    ticket: int
+    answer: "asyncio.Future[Activated]"
+
+
+class InferenceServer:
+    """One inference server, whatever becomes of its process. `run` is a long-lived job."""
+
+    def __init__(
+        self, home: Path, host: str, port: int, *, rng: random.Random
+    ) -> None:
+        """Listen.
+
+        Args:
+            home: the agent's state folder.
+            host: a loopback address.
+            port: 0 picks a free one; see `serving`.
+            rng: spreads restarts.
+
+        Raises:
+            ConfigError: ``host`` is not a loopback address.
+            UnavailableError: the port is in use.
+        """
+        self._home, self._rng = home, rng
+        self._listener = _listen(host, port)
+        bound: int = self._listener.getsockname()[1]
+        self._facts = ServingFacts(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
+        self._before = (0, 0)  # requests and errors of children that are gone
+        self._slot: Path | None = None
+        self._child: Child | None = None
+        self._up = asyncio.Event()  # a child is ready, and has its model back
+        self._activating = asyncio.Lock()
+        self._ticket = RESTORING
+        self._pending: _Pending | None = None
+
+    @property
+    def serving(self) -> ServingFacts:
+        """What is served now, and how well."""
+        return self._facts
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child; None between two lives."""
+        return None if self._child is None else self._child.pid
+
+    async def run(self) -> None:
+        """Keep a child alive until cancelled; then stop it within its deadline."""
+        address_path = self._home / ADDRESS_FILE
+        write_atomic(address_path, f"{self._facts.address}\n".encode())
+        loop = asyncio.get_running_loop()
+        delays = self._delays()
+        try:
+            while True:
+                born = loop.time()
+                await self._live()
+                if loop.time() - born > _STEADY_S:
+                    delays = self._delays()
+                await asyncio.sleep(next(delays))
+        finally:
+            address_path.unlink(missing_ok=True)
+            self.close()
+
+    def close(self) -> None:
+        """Stop listening; `run` does it at its end."""
+        self._listener.close()
+
+    async def activate(self, slot: Path) -> None:
+        """Serve the version in ``slot``; returns when every request goes to it.
+
+        Raises:
+            UnfitModelError: it does not work here; the one before goes on serving.
+            UnavailableError: no inference server is up to take it.
+        """
+        async with self._activating:
+            child = await self._ready_child()
+            self._ticket += 1
+            answer: asyncio.Future[Activated] = asyncio.get_running_loop().create_future()
+            self._pending = _Pending(self._ticket, answer)
+            try:
+                async with asyncio.timeout(_ACTIVATE_TIMEOUT_S):
+                    await child.send(Activate(ticket=self._ticket, slot=str(slot)))
+                    await answer
+            except TimeoutError as error:
+                child.kill()  # it may hang in the model; a fresh one gets the old model
+                raise UnfitModelError(
+                    f"the model did not start serving within {_ACTIVATE_TIMEOUT_S:g} seconds"
+                ) from error
+            finally:
+                self._pending = None
+            self._slot = slot
+
+    async def _ready_child(self) -> Child:
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                await self._up.wait()
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"the inference server does not start; see {self._log_path}"
+            ) from error
+        assert self._child is not None
+        return self._child
+
+    async def _live(self) -> None:
+        """One life of a child, from start to end, whatever ends it."""
+        try:
+            self._child = child = await self._start()
+        except UnavailableError as error:
+            logger.error("%s; trying again", error)  # noqa: TRY400 - the sentence is enough
+            return
+        ending = "the inference server stopped"
+        try:
+            async for message in child.messages(FromServer):
+                await self._hear(child, message)
+            ending = f"the inference server {describe_exit(await child.wait())}"
+            logger.error("%s; starting it again; its last words: %s", ending, child.log_tail())
+        except PeerError:
+            logger.exception("the inference server is confused; starting it again")
+        finally:
+            self._lose_child(ending)
+            await child.stop()
+
+    async def _start(self) -> Child:
+        number = self._listener.fileno()
+        return await Child.start(
+            [sys.executable, "-m", "edge_agent.inference.server", f"--fd={number}"],
+            name="inference server",
+            log_path=self._log_path,
+            env=CHILD_ENV,
+            pass_fds=[number],
+        )
+
+    async def _hear(self, child: Child, message: FromServer) -> None:
+        match message:
+            case ServerReady():
+                if self._slot is None:
+                    self._up.set()
+                else:
+                    await child.send(Activate(ticket=RESTORING, slot=str(self._slot)))
+            case Activated(version=version, artifact=artifact):
+                self._facts = replace(self._facts, version=version, artifact=artifact)
+                self._up.set()
+                self._answer(message)
+            case Refused(cause=cause):
+                if message.ticket == RESTORING:
+                    logger.error("the inference server cannot serve its model again: %s", cause)
+                self._up.set()
+                self._answer(message)
+            case Stats(requests=requests, errors=errors, p50_ms=p50_ms):
+                before = self._before
+                self._facts = replace(
+                    self._facts,
+                    requests=before[0] + requests,
+                    errors=before[1] + errors,
+                    p50_ms=p50_ms,
+                )
+
+    def _answer(self, message: Activated | Refused) -> None:
+        """Wake whoever waits for this answer, if anybody still does."""
+        pending = self._pending
+        if pending is None or pending.ticket != message.ticket or pending.answer.done():
+            return
+        if isinstance(message, Activated):
+            pending.answer.set_result(message)
+        else:
+            pending.answer.set_exception(UnfitModelError(message.cause))
+
+    def _lose_child(self, ending: str) -> None:
+        """Note that nothing is served, and that nobody will answer."""
+        self._child = None
+        self._up.clear()
+        self._before = (self._facts.requests, self._facts.errors)
+        self._facts = replace(self._facts, version=None, artifact=None, p50_ms=None)
+        if self._pending is not None and not self._pending.answer.done():
+            cause = f"{ending} while it loaded the model"
+            self._pending.answer.set_exception(UnfitModelError(cause))
+
+    def _delays(self) -> Iterator[float]:
+        """Yield seconds to wait before each restart: doubling, with jitter, bounded."""
+        ceiling = _FIRST_DELAY_S
+        while True:
+            yield self._rng.uniform(ceiling / 2, ceiling)
+            ceiling = min(2 * ceiling, _LONGEST_DELAY_S)
+
+    @property
+    def _log_path(self) -> Path:
+        return self._home / "logs" / "inference.log"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    require_loopback(host, purpose="the inference server")
+    require_free_port(host, port, purpose="the inference server")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    with contextlib.ExitStack() as undo:
+        undo.callback(listener.close)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+        undo.pop_all()
+    return listener

@@ -1,0 +1,177 @@
+"""Two places for a model version on disk, of which one is served: at any moment one is whole.
+
+Layout under ``home/models``: ``a/`` and ``b/`` each hold `MANIFEST` (the sealed bytes) and `MODEL`;
+the file ``current`` says which slot is served and whether the other holds the version that was
+served before. Each step is one atomic rename, made durable before the next, in an order that leaves
+a usable state wherever the power fails:
+
+1. `Slots.stage` first takes the spare slot out of the pointer, so that a half-written slot is never
+   mistaken for the previous version; then it removes the spare's manifest (a slot without one is
+   empty), moves the new file in, and writes the new manifest last.
+2. `Slots.switch` replaces the pointer.
+
+What was staged but never switched to is found again by `Slots.staged`, so a restart tests and
+activates it without another download.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from shared.errors import UntrustedModelError
+from shared.files import sync_directory, write_atomic
+from shared.manifest import Manifest, SignedManifest, open_manifest
+from shared.signing import VerifyingKey
+
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+SlotName = Literal["a", "b"]
+_OTHER: Mapping[SlotName, SlotName] = {"a": "b", "b": "a"}
+
+logger = logging.getLogger(__name__)
+
+
+class _Pointer(msgspec.Struct, frozen=True):
+    """Content of ``current``."""
+
+    current: SlotName | None = None
+    previous: SlotName | None = None
+
+
+class _Sealed(msgspec.Struct, frozen=True, rename="camel"):
+    payload: bytes
+
+
+class Slots:
+    """The model versions on this device. One process at a time may write."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "models"
+        self._pointer_path = self.folder / "current"
+
+    @property
+    def current(self) -> Path | None:
+        """The slot that is served; None before the first version."""
+        return self._path(self._pointer().current)
+
+    @property
+    def previous(self) -> Path | None:
+        """The slot that was served before and is still whole; None while it is being reused."""
+        return self._path(self._pointer().previous)
+
+    @property
+    def spare(self) -> Path:
+        """The slot that the next version goes to."""
+        current = self._pointer().current
+        return self.folder / (_OTHER[current] if current else "a")
+
+    def staged(self, version: str, trusted: Mapping[str, VerifyingKey]) -> Path | None:
+        """Return the spare slot if it holds ``version`` already, as after a crash."""
+        spare = self.spare
+        try:
+            found = verified_manifest(spare, trusted)
+        except UntrustedModelError:
+            return None
+        return spare if found.version == version and (spare / MODEL).exists() else None
+
+    def stage(self, sealed: bytes, model: Path) -> Path:
+        """Put a version into the spare slot, which then holds nothing else; return the slot.
+
+        Args:
+            sealed: the manifest as it was downloaded, already checked.
+            model: the downloaded file on the same file system; it is moved, not copied.
+
+        Raises:
+            UnavailableError: the disk is full.
+        """
+        slot = self.spare
+        self._point(_Pointer(self._pointer().current, None))
+        _clear(slot)
+        model.replace(slot / MODEL)
+        sync_directory(slot)
+        write_atomic(slot / MANIFEST, sealed)
+        return slot
+
+    def switch(self, slot: Path) -> None:
+        """Make ``slot`` the current one, and the current one the previous.
+
+        Raises:
+            UnavailableError: the disk is full; nothing changed.
+        """
+        pointer = self._pointer()
+        name: SlotName = "a" if slot.name == "a" else "b"
+        if pointer.current != name:
+            self._point(_Pointer(name, pointer.current))
+
+    def discard(self, slot: Path) -> None:
+        """Empty a slot whose content cannot be trusted; never the current one."""
+        if slot == self.current:
+            raise ValueError(f"{slot} is being served")
+        self._point(_Pointer(self._pointer().current, None))
+        _clear(slot)
+
+    def _pointer(self) -> _Pointer:
+        try:
+            return msgspec.json.decode(self._pointer_path.read_bytes(), type=_Pointer)
+        except FileNotFoundError:
+            return _Pointer()
+        except msgspec.DecodeError:
+            logger.exception("%s is damaged; starting as if no model were here", self._pointer_path)
+            return _Pointer()
+
+    def _point(self, pointer: _Pointer) -> None:
+        if pointer != self._pointer():
+            write_atomic(self._pointer_path, msgspec.json.encode(pointer))
+
+    def _path(self, name: SlotName | None) -> Path | None:
+        return None if name is None else self.folder / name
+
+
+def verified_manifest(slot: Path, trusted: Mapping[str, VerifyingKey]) -> SignedManifest:
+    """Read a slot's manifest and check its signature; the model's digest is checked on loading.
+
+    Raises:
+        UntrustedModelError: missing, unreadable, or signed by none of the ``trusted`` keys.
+    """
+    return open_manifest(_read(slot / MANIFEST), trusted=trusted)
+
+
+def unverified_manifest(slot: Path) -> tuple[str, Manifest]:
+    """Read a slot's manifest and its version without checking who signed it.
+
+    For the agent's own children: the daemon checked the signature before it named the slot to them,
+    and compares the version that they report with the one that it meant.
+
+    Raises:
+        UntrustedModelError: missing, or not a manifest.
+    """
+    try:
+        payload = msgspec.json.decode(_read(slot / MANIFEST), type=_Sealed).payload
+        manifest = msgspec.json.decode(payload, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise UntrustedModelError(f"{slot / MANIFEST} is not a manifest: {error}") from error
+    return hashlib.sha256(payload).hexdigest(), manifest
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UntrustedModelError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _clear(slot: Path) -> None:
+    """Empty the folder, its manifest first, so that it is never taken for whole on the way."""
+    slot.mkdir(parents=True, exist_ok=True)
+    (slot / MANIFEST).unlink(missing_ok=True)
+    sync_directory(slot)
+    for entry in slot.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
