@@ -1,7 +1,7 @@
-"""This device's part in runs: whether it says yes, and the trainer that then works for it.
+"""This device's part in runs: it answers invitations, and owns the trainer that then works.
 
-The decision is a pure function. The rest is one job that reads a mailbox, so everything that
-happens to the trainer (invited, nudged, dismissed, joined, replied, ended) happens one at a time.
+One job reads a mailbox, so everything that happens to the trainer (invited, nudged, dismissed,
+joined, replied, ended) happens one at a time; the decision itself is in eligibility.py.
 A device takes part in one run at once. After a restart of the daemon nothing is resumed: the
 coordinator misses the device and invites it again.
 """
@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from edge_agent.eligibility import DataFacts, KnowsData, No, Yes, decide
 from edge_agent.trainer_messages import (
     FromTrainer,
     MessageWaits,
@@ -46,62 +47,12 @@ TRAINER = (sys.executable, "-m", "edge_agent.trainer")
 _FAREWELL_S = 5.0  # how long a trainer may take to leave the SuperLink by itself
 
 
-class DataFacts(Protocol):
-    """What the decision needs to know about one data source of the owner."""
-
-    @property
-    def name(self) -> str:
-        """Key in the data registry."""
-        ...
-
-    @property
-    def train_rows(self) -> int:
-        """Rows that may be trained on."""
-        ...
-
-
-class KnowsData(Protocol):
-    """The owner's registry of data."""
-
-    def find(self, task: TaskSpec) -> DataFacts:
-        """Return the data for ``task``; raise DataError with the reason when there is none."""
-        ...
-
-
 class Sends(Protocol):
     """`ControlLink.send`."""
 
     async def __call__(self, body: UpBody, *, reply_to: str | None = None) -> None:
         """Say ``body`` to the coordinator, now or later."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Yes:
-    """Take part, with this data."""
-
-    data_name: str
-
-
-@dataclass(frozen=True, slots=True)
-class No:
-    """Do not take part; the coordinator counts reasons."""
-
-    reason: str
-
-
-def decide(invitation: Invitation, data: DataFacts | No, *, busy_with: str | None) -> Yes | No:
-    """Answer an invitation; ``busy_with`` is the run that the trainer works for, if any."""
-    if busy_with not in {None, invitation.run_id}:
-        return No(f"this device already takes part in run {busy_with}")
-    if isinstance(data, No):
-        return data
-    if data.train_rows < invitation.min_examples:
-        return No(
-            f"data {data.name!r} has {data.train_rows} training rows, "
-            f"the run wants {invitation.min_examples}"
-        )
-    return Yes(data.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +105,6 @@ class Participation:
         superlink_ca_pem: str,
         data: KnowsData,
         send: Sends,
-        changed: Callable[[], None] = lambda: None,
         trainer: Sequence[str] = TRAINER,
         trainer_env: Mapping[str, str] | None = None,
     ) -> None:
@@ -166,7 +116,6 @@ class Participation:
             superlink_ca_pem: what the SuperLink's certificate must be signed by.
             data: the owner's registry.
             send: `ControlLink.send`.
-            changed: called when what `doing` returns has changed.
             trainer: the child's command line.
             trainer_env: variables for the child on top of our own.
         """
@@ -175,7 +124,6 @@ class Participation:
         self._superlink_ca_pem = superlink_ca_pem
         self._data = data
         self._send = send
-        self._changed = changed
         self._trainer = trainer
         self._trainer_env = trainer_env
         self._part: _Part | None = None
@@ -217,25 +165,23 @@ class Participation:
                 await self._part.trainer.wait()
 
     async def _handle(self, post: _Post, listeners: asyncio.TaskGroup) -> None:
+        part = self._part
         match post:
             case _Invited(invitation=invitation, message_id=message_id):
                 await self._answer(invitation, message_id, listeners)
-            case Nudge(session_id=session_id):
-                if self._part is not None and self._part.session_id == session_id:
-                    await self._part.trainer.send(MessageWaits())
-            case DismissFromRun(session_id=session_id, cause=cause):
-                if self._part is not None and self._part.session_id == session_id:
-                    await self._leave(cause)
             case _Stop(cause=cause, done=done):
                 await self._leave(cause)
                 done.set()
-            case _Said(trainer=trainer, message=message):
-                if self._part is not None and self._part.trainer is trainer:
-                    await self._hear(self._part, message)
-            case _Ended(trainer=trainer, status=status):
-                if self._part is not None and self._part.trainer is trainer:
-                    await self._forget(self._part, self._cause_of_end(self._part, status))
-        self._changed()
+            case Nudge(session_id=session_id) if part and part.session_id == session_id:
+                await part.trainer.send(MessageWaits())
+            case DismissFromRun(session_id=session_id) if part and part.session_id == session_id:
+                await self._leave(post.cause)
+            case _Said(trainer=trainer, message=message) if part and part.trainer is trainer:
+                await self._hear(part, message)
+            case _Ended(trainer=trainer, status=status) if part and part.trainer is trainer:
+                await self._forget(part, self._cause_of_end(part, status))
+            case _:
+                logger.debug("too late: %s", type(post).__name__)
 
     async def _answer(
         self, invitation: Invitation, message_id: str, listeners: asyncio.TaskGroup
@@ -330,7 +276,7 @@ class Participation:
                 )
             case TrainerProgress(doing=doing):
                 part.doing = doing
-                logger.info("run %s: %s", part.run_id, doing)
+                logger.debug("run %s: %s", part.run_id, doing)
             case TrainerFailed(cause=cause):
                 part.failure = cause
 
