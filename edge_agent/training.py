@@ -1,0 +1,184 @@
+"""Training and measuring on one device's examples: the door to torch, and pure.
+
+The same parameters, examples, plan and seed give the same update, whoever calls and whatever was
+trained before. Threads and devices are the caller's choice.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shared.errors import ConfigError, StoppedError
+from shared.parameters import Vector
+from shared.run_plan import TrainingPlan
+from shared.tasks.examples import Examples
+from shared.tasks.task import Task
+from shared.tasks.vectors import load_vector, to_vector
+
+_EVALUATION_BATCH = 512
+_DTYPES = {
+    "FP32": torch.float32,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "UINT8": torch.uint8,
+}  # the datatypes of the Open Inference Protocol that a task's input may have
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """What training gave."""
+
+    parameters: Vector  # shape (d,), after training
+    num_examples: int  # rows that the device trains on: its weight in the mean
+    sums: dict[str, float]  # ``seen`` examples and their ``loss_sum``, while training
+
+
+def train(
+    task: Task,
+    parameters: Vector,
+    examples: Examples,
+    plan: TrainingPlan,
+    *,
+    seed: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    device: str = "cpu",
+) -> Update:
+    """Run minibatch SGD from ``parameters`` over the device's examples.
+
+    Args:
+        task: gives network and loss.
+        parameters: shape (d,), where to start from.
+        examples: at least one.
+        plan: epochs, batches, step size.
+        seed: decides the order of examples and what else is random in the network (dropout).
+        should_stop: asked before each batch.
+        device: a torch device; results on a GPU may differ in the last digits.
+
+    Raises:
+        PeerError: ``parameters`` are not those of this task's network.
+        StoppedError: ``should_stop`` said so.
+        ConfigError: training diverged.
+        ValueError: there are no examples.
+    """
+    if not len(examples):
+        raise ValueError("there is nothing to train on")
+    with _own_randomness(seed, device):
+        model = _build(task, parameters, device).train()
+        step = _Sgd(model, plan)
+        loss_sum, seen = 0.0, 0
+        for rows in _batches(len(examples), plan, np.random.default_rng(seed)):
+            if should_stop():
+                raise StoppedError(f"training was stopped after {seen} examples")
+            inputs, targets = _tensors(task, examples.take(rows), device)
+            loss = task.loss(model(inputs), targets)
+            loss_sum += _finite(float(loss.detach()), seen, plan) * len(targets)
+            seen += len(targets)
+            model.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            step()
+        trained = to_vector(model)
+    _finite(float(np.abs(trained).sum()), seen, plan)
+    return Update(trained, len(examples), {"seen": float(seen), "loss_sum": loss_sum})
+
+
+def evaluate(
+    task: Task, parameters: Vector, examples: Examples, *, device: str = "cpu"
+) -> dict[str, float]:
+    """Measure ``parameters``, shape (d,), on examples.
+
+    Returns:
+        The task's additive statistics; only ``examples`` = 0 where there are none.
+
+    Raises:
+        PeerError: ``parameters`` are not those of this task's network.
+    """
+    if not len(examples):
+        return {"examples": 0.0}
+    sums: dict[str, float] = {}
+    model = _build(task, parameters, device).eval()
+    with torch.inference_mode():
+        for start in range(0, len(examples), _EVALUATION_BATCH):
+            rows = np.arange(start, min(start + _EVALUATION_BATCH, len(examples)))
+            inputs, targets = _tensors(task, examples.take(rows), device)
+            for name, value in task.measure(model(inputs), targets).items():
+                sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+class _Sgd:
+    """SGD with momentum and weight decay, as torch.optim.SGD computes it.
+
+    Written out because the first use of torch.optim loads torch's compiler: a second and 100 MB
+    on a small device, for four lines of arithmetic.
+    """
+
+    def __init__(self, model: nn.Module, plan: TrainingPlan) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._velocities: list[Tensor | None] = [None] * len(self._parameters)
+        self._plan = plan
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Take one step along the gradients that lie in the parameters."""
+        plan = self._plan
+        for index, parameter in enumerate(self._parameters):
+            if parameter.grad is None:
+                continue
+            step = parameter.grad
+            if plan.weight_decay:
+                step = step.add(parameter, alpha=plan.weight_decay)
+            if plan.momentum:
+                velocity = self._velocities[index]
+                if velocity is None:
+                    velocity = self._velocities[index] = step.clone()
+                else:
+                    velocity.mul_(plan.momentum).add_(step)
+                step = velocity
+            parameter.add_(step, alpha=-plan.learning_rate)
+
+
+@contextmanager
+def _own_randomness(seed: int, device: str) -> Iterator[None]:
+    """Seed torch, and leave its generators afterwards as they were found."""
+    with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _build(task: Task, parameters: Vector, device: str) -> nn.Module:
+    with _own_randomness(0, device):  # weights are drawn only to be replaced
+        model = task.build_model()
+    load_vector(model, parameters)
+    return model.to(device)
+
+
+def _batches(rows: int, plan: TrainingPlan, rng: np.random.Generator) -> Iterator[NDArray[Any]]:
+    """Yield the row numbers of each batch of all epochs; each epoch draws a new order."""
+    for _ in range(plan.epochs):
+        order = rng.permutation(rows)
+        for start in islice(range(0, rows, plan.batch_size), plan.max_batches):
+            yield order[start : start + plan.batch_size]
+
+
+def _tensors(task: Task, batch: Examples, device: str) -> tuple[Tensor, Tensor]:
+    """Return raw inputs in the type that the network takes, and targets."""
+    inputs = torch.tensor(batch.inputs).to(device, _DTYPES[task.input.datatype])
+    if inputs.ndim == 4:  # pictures: convolutions are faster with channels last
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    return inputs, torch.tensor(batch.targets).to(device)
+
+
+def _finite(value: float, seen: int, plan: TrainingPlan) -> float:
+    if not np.isfinite(value):
+        raise ConfigError(
+            f"training diverged after {seen} examples; "
+            f"lower training.learning_rate (now {plan.learning_rate:g})"
+        )
+    return value
