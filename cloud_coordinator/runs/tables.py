@@ -37,6 +37,7 @@ class RoundRow(Base):
     started_at: Mapped[datetime]
     closed_at: Mapped[datetime]
     metrics: Mapped[dict[str, float]] = mapped_column(JSON)
+    training_sums: Mapped[dict[str, float]] = mapped_column(JSON)
     parameters_sha256: Mapped[str | None] = mapped_column(String(64), default=None)
     optimizer_sha256: Mapped[str | None] = mapped_column(String(64), default=None)
 

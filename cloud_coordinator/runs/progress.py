@@ -1,0 +1,50 @@
+"""What a run does right now, for people: kept in memory, since a crash makes all of it untrue."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One moment of an active run. Times are aware UTC."""
+
+    doing: str  # "starting", "waiting", "train", "evaluate", "exporting", "pausing"
+    since: datetime
+    until: datetime | None = None  # its deadline
+    round_number: int | None = None
+    joined: int = 0
+    wanted: int = 0
+    replied: int = 0
+    cohort: tuple[str, ...] = field(default=())
+    note: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """Say it as a person would."""
+        match self.doing:
+            case "waiting":
+                missing = max(0, self.wanted - self.joined)
+                devices = "device" if missing == 1 else "devices"
+                return (
+                    f"waiting for {missing} more {devices} ({self.joined} of {self.wanted} joined)"
+                    f"{self._times()}"
+                )
+            case "train" | "evaluate":
+                verb = "training" if self.doing == "train" else "evaluating"
+                return (
+                    f"round {self.round_number}: {verb}, {self.replied} of {len(self.cohort)} "
+                    f"replied{self._times()}"
+                )
+            case "exporting":
+                return f"building the model version{self._noted()}{self._times()}"
+            case "pausing":
+                return f"starting again after {self.note}{self._times()}"
+            case _:
+                return f"{self.note or 'starting the worker'}{self._times()}"
+
+    def _noted(self) -> str:
+        return f" ({self.note})" if self.note else ""
+
+    def _times(self) -> str:
+        until = f", until {self.until:%H:%M:%S} UTC" if self.until else ""
+        return f", since {self.since:%H:%M:%S} UTC{until}"
