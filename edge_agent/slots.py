@@ -10,8 +10,8 @@ a usable state wherever the power fails:
    empty), moves the new file in, and writes the new manifest last.
 2. `Slots.switch` replaces the pointer.
 
-What was staged but never switched to is found again by `Slots.staged`, so a restart tests and
-activates it without another download.
+What was staged but never switched to is found again by `Slots.find`, so a restarted agent tests and
+activates it without another download; so is the previous version, when it is desired again.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from typing import Literal
 import msgspec
 
 from shared.errors import UntrustedModelError
-from shared.files import sync_directory, write_atomic
+from shared.files import sha256_of, sync_directory, write_atomic
 from shared.manifest import Manifest, SignedManifest, open_manifest
 from shared.signing import VerifyingKey
 
@@ -70,14 +70,14 @@ class Slots:
         current = self._pointer().current
         return self.folder / (_OTHER[current] if current else "a")
 
-    def staged(self, version: str, trusted: Mapping[str, VerifyingKey]) -> Path | None:
-        """Return the spare slot if it holds ``version`` already, as after a crash."""
-        spare = self.spare
-        try:
-            found = verified_manifest(spare, trusted)
-        except UntrustedModelError:
-            return None
-        return spare if found.version == version and (spare / MODEL).exists() else None
+    def find(self, version: str, trusted: Mapping[str, VerifyingKey]) -> Path | None:
+        """Return a slot that holds ``version`` whole, to the last bit; reads the model's file.
+
+        The current slot, or the spare one: then it was staged before a crash, or served before.
+        """
+        current = self.current
+        places = [self.spare] if current is None else [current, self.spare]
+        return next((slot for slot in places if _holds(slot, version, trusted)), None)
 
     def stage(self, sealed: bytes, model: Path) -> Path:
         """Put a version into the spare slot, which then holds nothing else; return the slot.
@@ -156,6 +156,14 @@ def unverified_manifest(slot: Path) -> tuple[str, Manifest]:
     except msgspec.DecodeError as error:
         raise UntrustedModelError(f"{slot / MANIFEST} is not a manifest: {error}") from error
     return hashlib.sha256(payload).hexdigest(), manifest
+
+
+def _holds(slot: Path, version: str, trusted: Mapping[str, VerifyingKey]) -> bool:
+    try:
+        found = verified_manifest(slot, trusted)
+        return found.version == version and sha256_of(slot / MODEL) == found.manifest.shipped.sha256
+    except (UntrustedModelError, OSError):
+        return False
 
 
 def _read(path: Path) -> bytes:

@@ -62,9 +62,7 @@ class _Pending:
 class InferenceServer:
     """One inference server, whatever becomes of its process. `run` is a long-lived job."""
 
-    def __init__(
-        self, home: Path, host: str, port: int, *, rng: random.Random
-    ) -> None:
+    def __init__(self, home: Path, host: str, port: int, *, rng: random.Random) -> None:
         """Listen.
 
         Args:

@@ -1,0 +1,234 @@
+"""From a desired version to a served one: fetch, check, stage, try, activate, switch.
+
+The running model is touched by the last step alone, so whatever fails before it changes nothing
+that clients see: a manifest that nobody trusted signed, a download that breaks, a model that
+crashes the self-test. Each step can be repeated: a restarted agent finds the part of a download and
+the staged slot where they were. The lifecycle is the table below; nothing else moves the state.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+
+from edge_agent.download import Downloader
+from edge_agent.inference.messages import SelfTestResult
+from edge_agent.inference.supervisor import InferenceServer
+from edge_agent.inference.trial import run_self_test
+from edge_agent.slots import Slots, verified_manifest
+from shared.errors import (
+    IllegalTransitionError,
+    ShoalError,
+    UnavailableError,
+    UnfitModelError,
+    UntrustedModelError,
+)
+from shared.manifest import SignedManifest, open_manifest
+from shared.messages import DeploymentState
+from shared.signing import VerifyingKey
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[DeploymentState, str], Awaitable[None]]
+SelfTest = Callable[[Path], Awaitable[SelfTestResult]]
+
+
+class DeploymentEvent(StrEnum):
+    """What may happen on the way to a version."""
+
+    WANTED = "wanted"  # another version than the served one is desired
+    FETCHED = "fetched"  # manifest checked, file complete, both in the spare slot
+    PASSED = "passed"  # the self-test's verdict
+    FOUND = "found"  # at start: a slot holds the version that was served
+    ACTIVATED = "activated"  # clients get the new version, and a restart will too
+    SERVED_ALREADY = "served_already"  # what is desired is what is served
+    FAILED = "failed"  # with a cause; the version before is still served
+    ABANDONED = "abandoned"  # another version is desired now, or the agent stops
+
+
+S, E = DeploymentState, DeploymentEvent  # short names keep the table readable
+TRANSITIONS: Mapping[DeploymentState, Mapping[DeploymentEvent, DeploymentState]] = {
+    S.IDLE: {
+        E.WANTED: S.DOWNLOADING,
+        E.FOUND: S.ACTIVATING,
+        E.SERVED_ALREADY: S.SERVING,
+    },
+    S.DOWNLOADING: {E.FETCHED: S.TESTING, E.FAILED: S.FAILED, E.ABANDONED: S.IDLE},
+    S.TESTING: {E.PASSED: S.ACTIVATING, E.FAILED: S.FAILED, E.ABANDONED: S.IDLE},
+    S.ACTIVATING: {E.ACTIVATED: S.SERVING, E.FAILED: S.FAILED, E.ABANDONED: S.IDLE},
+    S.SERVING: {E.WANTED: S.DOWNLOADING, E.SERVED_ALREADY: S.SERVING},
+    S.FAILED: {E.WANTED: S.DOWNLOADING, E.SERVED_ALREADY: S.SERVING},
+}
+
+
+def next_state(state: DeploymentState, event: DeploymentEvent) -> DeploymentState:
+    """Return the state after ``event``; raise IllegalTransitionError where the table has none."""
+    if event not in TRANSITIONS[state]:
+        raise IllegalTransitionError(f"{event} cannot happen while {state}")
+    return TRANSITIONS[state][event]
+
+
+class Deployment:
+    """Brings this device to a model version, and back to it after a restart."""
+
+    def __init__(
+        self,
+        home: Path,
+        trusted: Mapping[str, VerifyingKey],
+        server: InferenceServer,
+        fetch: Downloader,
+        report: Report,
+        *,
+        self_test: SelfTest = run_self_test,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            home: the agent's state folder.
+            trusted: keys that may sign manifests, by key id.
+            server: running, or about to.
+            fetch: the way to the coordinator.
+            report: told each new state, with the cause of a failure (else empty); it reads what is
+                served from ``server``.
+            self_test: tries a staged slot where it can do no harm.
+        """
+        self.slots = Slots(home)
+        self.state = DeploymentState.IDLE
+        self._trusted, self._server, self._fetch = trusted, server, fetch
+        self._report, self._self_test = report, self_test
+        self._busy = asyncio.Lock()
+
+    def current(self) -> SignedManifest | None:
+        """Return the version that this device serves, or will again after a restart.
+
+        Raises:
+            UntrustedModelError: the slot was damaged.
+        """
+        slot = self.slots.current
+        return None if slot is None else verified_manifest(slot, self._trusted)
+
+    async def restore(self) -> None:
+        """Serve what was served before the agent stopped; if that fails, what was before it.
+
+        Never raises for a bad model: it reports, and the desired state will bring another.
+        """
+        async with self._attempt():
+            candidates = [s for s in (self.slots.current, self.slots.previous) if s is not None]
+            if not candidates:
+                return
+            await self._move(E.FOUND)
+            causes: list[str] = []
+            for slot in candidates:
+                try:
+                    verified_manifest(slot, self._trusted)
+                    await self._activate(slot)
+                except ShoalError as error:
+                    logger.warning("slot %s cannot be served: %s", slot.name, error)
+                    causes.append(str(error))
+                else:
+                    await self._move(E.ACTIVATED)
+                    return
+            await self._move(E.FAILED, "; ".join(causes))
+
+    async def converge(self, model_version: str) -> None:
+        """Serve ``model_version``; returns when it is served and will be after a restart.
+
+        May be called again at any time, and cancelled. On failure what was served is still served.
+
+        Raises:
+            UntrustedModelError: signature, digest or size is wrong.
+            UnfitModelError: the model does not work on this device.
+            UnavailableError: network, disk or inference server; trying later may help.
+            NotFoundError: the coordinator does not have the version.
+        """
+        async with self._attempt():
+            if self._serves(model_version):
+                await self._move(E.SERVED_ALREADY)
+                return
+            await self._move(E.WANTED)
+            try:
+                await self._deploy(model_version)
+            except ShoalError as error:
+                await self._move(E.FAILED, str(error))
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _attempt(self) -> AsyncIterator[None]:
+        """One at a time; a cancelled one leaves the state ready for the next."""
+        async with self._busy:
+            try:
+                yield
+            except asyncio.CancelledError:
+                if E.ABANDONED in TRANSITIONS[self.state]:
+                    self.state = next_state(self.state, E.ABANDONED)
+                raise
+
+    async def _deploy(self, version: str) -> None:
+        slot = await asyncio.to_thread(self.slots.find, version, self._trusted)
+        slot = slot or await self._download(version)
+        await self._move(E.FETCHED)
+        await self._try(slot)
+        await self._move(E.PASSED)
+        await self._activate(slot)
+        await self._move(E.ACTIVATED)
+        logger.info("serving %s from slot %s", version, slot.name)
+
+    async def _download(self, version: str) -> Path:
+        sealed = await self._fetch.manifest(version)
+        signed = open_manifest(sealed, trusted=self._trusted, version=version)
+        model = await self._fetch.artifact(signed.manifest.shipped)
+        return self.slots.stage(sealed, model)
+
+    async def _try(self, slot: Path) -> None:
+        """Let a throwaway process judge the slot; a refused one is emptied."""
+        if slot == self.slots.current:
+            return
+        try:
+            result = await self._self_test(slot)
+        except UnfitModelError:
+            self.slots.discard(slot)
+            raise
+        logger.info(
+            "self-test passed: loads in %.0f ms, %.3f ms a row, off by %.2g",
+            result.load_ms,
+            result.p50_ms,
+            result.largest_difference,
+        )
+
+    async def _activate(self, slot: Path) -> None:
+        """Make server and pointer agree on ``slot``, even if this task is cancelled meanwhile."""
+        step = asyncio.create_task(self._activate_and_switch(slot), name="activate")
+        try:
+            await asyncio.shield(step)
+        except asyncio.CancelledError:
+            await asyncio.wait([step])  # ends within the server's own deadlines
+            if not step.cancelled() and (error := step.exception()):
+                logger.info("what was abandoned had failed: %s", error)
+            raise
+
+    async def _activate_and_switch(self, slot: Path) -> None:
+        await self._server.activate(slot)
+        before = self.slots.current
+        try:
+            self.slots.switch(slot)
+        except UnavailableError:
+            if before is not None:
+                await self._server.activate(before)
+            raise
+
+    def _serves(self, version: str) -> bool:
+        """Whether clients get ``version`` now, and would after a restart."""
+        if self._server.serving.version != version:
+            return False
+        try:
+            current = self.current()
+        except UntrustedModelError:  # damaged since it was loaded: fetch it again
+            return False
+        return current is not None and current.version == version
+
+    async def _move(self, event: DeploymentEvent, cause: str = "") -> None:
+        """Enter the next state and tell; the one place that changes it."""
+        self.state = next_state(self.state, event)
+        await self._report(self.state, cause[:500])
