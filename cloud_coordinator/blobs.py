@@ -12,7 +12,8 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Set as AbstractSet
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO

@@ -43,10 +43,12 @@ class StoppedError(ShoalError):
 
 
 class QuorumError(ShoalError):
-    """Too few updates survived to commit a round."""
+    """Too few updates survived to commit a round, or too few devices joined to begin it."""
 
-    def __init__(self, round_number: int, *, survivors: int, quorum: int) -> None:
-        super().__init__(f"round {round_number} has {survivors} updates of the {quorum} it needs")
+    def __init__(
+        self, round_number: int, *, survivors: int, quorum: int, of_what: str = "updates"
+    ) -> None:
+        super().__init__(f"round {round_number} has {survivors} of the {quorum} {of_what} it needs")
         self.survivors, self.quorum = survivors, quorum
 
 

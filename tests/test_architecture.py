@@ -30,6 +30,7 @@ DOORS = {
         "edge_agent/training_app.py",
         "edge_agent/flower_node.py",
         "cloud_coordinator/flower/",
+        "cloud_coordinator/rounds/exchange.py",
         "cloud_coordinator/rounds/training_rounds.py",
         "simulations/",
     ),

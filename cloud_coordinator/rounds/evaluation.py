@@ -1,0 +1,106 @@
+"""Measures parameters on the held-out rows of devices. Failing to measure never costs a round."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cloud_coordinator.rounds.aggregation import EXAMPLES, AddedStatistics
+from cloud_coordinator.rounds.collection import TTL_MARGIN_S, Collection
+from cloud_coordinator.rounds.exchange import Exchange, Reply
+from cloud_coordinator.rounds.host import RunHost
+from cloud_coordinator.rounds.initial_model import summarize
+from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.stage import Stage
+from cloud_coordinator.rounds.worker_messages import Participation
+from shared.parameters import Vector
+
+logger = logging.getLogger(__name__)
+
+_SHORTEST_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What the devices measured together."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    cause: str = ""  # why there are no metrics
+    participations: tuple[Participation, ...] = ()
+
+
+def patience_s(round_deadline_s: float, trained_s: float) -> float:
+    """Return how long measuring may take: as long as training did, and a minute at least."""
+    return min(round_deadline_s, max(_SHORTEST_PATIENCE_S, trained_s))
+
+
+class Evaluator:
+    """Has devices measure, for the rounds of one run."""
+
+    def __init__(self, host: RunHost, roster: Roster, exchange: Exchange) -> None:
+        self._host = host
+        self._roster = roster
+        self._exchange = exchange
+
+    def measure(
+        self, parameters: Vector, cohort: Sequence[str], *, round_number: int, timeout_s: float
+    ) -> Evaluation:
+        """Ask those of ``cohort`` who are still there, and turn the sum of it into metrics.
+
+        Raises:
+            StoppedError: the run is to end now.
+            UnavailableError: the SuperLink is gone.
+        """
+        present = [device for device in cohort if device in self._roster.nodes]
+        if not present:
+            return Evaluation(cause="not measured: no device was there to do it")
+        added = AddedStatistics()
+
+        def fold(reply: Reply) -> int:
+            added.add(reply.statistics)
+            return int(reply.statistics[EXAMPLES])
+
+        collection = self._ask(parameters, present, round_number, timeout_s)
+        stage = Stage(
+            self._host, self._roster, self._exchange, round_number=round_number, name="evaluate"
+        )
+        stage.run(collection, fold)
+        participations = collection.close(self._host.seconds())
+        if not added.sums.get(EXAMPLES):
+            return Evaluation(cause=_why_unmeasured(participations), participations=participations)
+        metrics = self._summarize(added)
+        cause = "" if metrics else "not measured: the task cannot sum up what the devices said"
+        return Evaluation(metrics, cause, participations)
+
+    def _ask(
+        self, parameters: Vector, present: Sequence[str], round_number: int, timeout_s: float
+    ) -> Collection:
+        devices = {self._roster.nodes[device]: device for device in present}
+        message_ids = self._exchange.ask_to_evaluate(
+            parameters, list(devices), round_number=round_number, ttl_s=timeout_s + TTL_MARGIN_S
+        )
+        started_s = self._host.seconds()
+        return Collection(
+            present,
+            {devices[node]: message_id for node, message_id in message_ids.items()},
+            wanted=len(present),
+            needed=0,
+            started_s=started_s,
+            deadline_s=started_s + timeout_s,
+            bytes_down=parameters.nbytes,
+        )
+
+    def _summarize(self, added: AddedStatistics) -> dict[str, float]:
+        """Return the task's metrics, or none where its code fails on what the devices sent."""
+        try:
+            metrics = summarize(self._host.plan.task, added.sums)
+        except Exception:
+            logger.exception("the task cannot sum up %s", sorted(added.sums))
+            return {}
+        # Infinity and NaN would not survive JSON.
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _why_unmeasured(participations: Sequence[Participation]) -> str:
+    causes = {p.cause for p in participations if p.cause} or {"no device holds rows out"}
+    return f"not measured: {'; '.join(sorted(causes))[:300]}"

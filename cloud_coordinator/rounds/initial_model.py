@@ -1,0 +1,19 @@
+"""The model that a run starts from, and how its results are put into words: the door to tasks."""
+
+from collections.abc import Mapping
+
+from shared.parameters import Vector
+from shared.tasks.registry import load_task
+from shared.tasks.spec import TaskSpec
+from shared.tasks.task import seeded_model
+from shared.tasks.vectors import to_vector
+
+
+def initial_parameters(task: TaskSpec, seed: int) -> Vector:
+    """Return the parameters, shape (d,), that depend on the task and ``seed`` alone."""
+    return to_vector(seeded_model(load_task(task), seed))
+
+
+def summarize(task: TaskSpec, sums: Mapping[str, float]) -> dict[str, float]:
+    """Turn statistics added over devices into metrics; raises what the task's code raises."""
+    return load_task(task).summarize(sums)
