@@ -1,0 +1,88 @@
+"""What the daemon shows its owner: a snapshot it keeps in its database, read by ``status``."""
+
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+
+from edge_agent.enrolment import load_enrolment
+from edge_agent.state import AgentState, is_running
+from shared.messages import DeploymentState
+
+STATE_FILE = "state.db"
+_FACT = "status"
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What is true on the device, as the daemon last saw it."""
+
+    pid: int
+    online: bool = False  # the broker is connected
+    doing: str = ""  # the run its trainer works for, and what it does; empty: nothing
+    tasks: tuple[str, ...] = ()  # that the owner gave data to
+    desired_version: int = 0
+    deployment: DeploymentState = DeploymentState.IDLE
+    serving_version: str | None = None  # digest of the manifest
+    serving_artifact: str | None = None  # digest of the model file
+    inference_address: str | None = None  # host:port
+    cause: str = ""  # why the last deployment failed
+    outbox_depth: int = 0  # messages that the coordinator has not acknowledged
+    refused_messages: int = 0
+
+
+class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``shoal-agent status --json`` prints."""
+
+    device_id: str
+    fleet: str
+    coordinator: str
+    running: bool
+    inference_url: str | None  # only while it runs
+    snapshot: Snapshot | None  # None before the first start
+    read_at: datetime
+
+
+def save_snapshot(state: AgentState, snapshot: Snapshot) -> None:
+    """Keep ``snapshot`` in place of the one before."""
+    state.write(_FACT, snapshot)
+
+
+def read_status(home: Path, *, now: datetime) -> AgentStatus:
+    """Say how the agent of ``home`` is; raise ConfigError where none is enrolled."""
+    enrolment = load_enrolment(home)
+    running = is_running(home)
+    snapshot = None
+    if (home / STATE_FILE).exists():
+        with AgentState(home / STATE_FILE) as state:
+            snapshot = state.read(_FACT, Snapshot)
+    address = snapshot.inference_address if snapshot is not None and running else None
+    return AgentStatus(
+        device_id=enrolment.device_id,
+        fleet=enrolment.fleet,
+        coordinator=enrolment.api_url,
+        running=running,
+        inference_url=f"http://{address}" if address else None,
+        snapshot=snapshot,
+        read_at=now,
+    )
+
+
+def describe(status: AgentStatus) -> str:
+    """Return the status in lines for a person."""
+    snapshot = status.snapshot or Snapshot(pid=0)
+    online = "online" if snapshot.online else "not connected to the coordinator's broker"
+    serving = f"model {snapshot.serving_version}" if snapshot.serving_version else "no model yet"
+    where = f" at {status.inference_url}" if status.inference_url else ""
+    lines = [
+        f"device    {status.device_id} of fleet {status.fleet}",
+        f"joined    {status.coordinator}",
+        f"daemon    {f'runs, {online}' if status.running else 'does not run'}",
+        f"data for  {', '.join(snapshot.tasks) or 'no task; see shoal-agent data add'}",
+        f"training  {snapshot.doing or 'nothing'}",
+        f"serving   {serving}{where}",
+    ]
+    if snapshot.cause:
+        lines.append(f"trouble   {snapshot.cause}")
+    if snapshot.outbox_depth:
+        lines.append(f"unsent    {snapshot.outbox_depth} messages wait for the coordinator")
+    return "\n".join(lines)
