@@ -83,6 +83,7 @@ class FlowerNode:
         task: TaskSpec,
         node_config: Mapping[str, Any],
         client_app: str = CLIENT_APP,
+        announce: Callable[[str], None] = lambda _: None,
         patience_s: float = 20.0,
     ) -> None:
         """Prepare; nothing is sent yet.
@@ -95,6 +96,7 @@ class FlowerNode:
             task: the only task that messages may be about.
             node_config: what the app sees as ``context.node_config``.
             client_app: the name that runs must give for ``app``.
+            announce: told in words what is done next.
             patience_s: how long a SuperLink that does not answer is waited for.
         """
         self._public_key = public_key_to_bytes(private_key.public_key())
@@ -110,6 +112,7 @@ class FlowerNode:
         self._app = app
         self._task = task
         self._client_app = client_app
+        self._announce = announce
         self._node_config = dict(node_config)
         self._patience_s = patience_s
         self._rng = random.Random()  # noqa: S311  # spreads retries, guards nothing
@@ -270,6 +273,8 @@ class FlowerNode:
         context = self._context(message.metadata.run_id)
         if isinstance(context, _RefusedRun):
             return Message(Error(ErrorCode.INVALID_FAB, context.cause), reply_to=message)
+        metadata = message.metadata
+        self._announce(f"{metadata.message_type}, round {metadata.group_id}")
         try:
             return self._app(message, context)
         except ShoalError as error:

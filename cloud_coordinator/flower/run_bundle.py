@@ -5,16 +5,17 @@ what it names from its own installation.
 """
 
 import hashlib
+import io
 import uuid
+import zipfile
 
 import msgspec
-import tomli_w
-from flwr.cli.build import build_fab_from_files
 from flwr.supercore.fab import Fab
 
 from shared.tasks.spec import TaskSpec
 
 CLIENT_APP = "edge_agent.training_app:app"
+_PROJECT_FILE = "pyproject.toml"
 # Flower demands a server app but does not start it: the run's worker plays that part.
 _SERVER_APP = "cloud_coordinator.rounds.training_rounds:app"
 
@@ -42,5 +43,18 @@ def run_bundle(task: TaskSpec, *, client_app: str = CLIENT_APP) -> Fab:
             }
         },
     }
-    content, _ = build_fab_from_files({"pyproject.toml": tomli_w.dumps(document).encode()})
+    content = _zip(msgspec.toml.encode(document))
     return Fab(hashlib.sha256(content).hexdigest(), content, {})
+
+
+def _zip(pyproject: bytes) -> bytes:
+    """Pack as ``flwr build`` does: the project file, and a list of all files with digest and bits.
+
+    Flower's own function for it lives in its command line, with all that a command line imports.
+    """
+    listed = f"{_PROJECT_FILE},{hashlib.sha256(pyproject).hexdigest()},{len(pyproject) * 8}"
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_PROJECT_FILE, pyproject)
+        archive.writestr(".info/CONTENT", listed)
+    return packed.getvalue()
