@@ -212,13 +212,13 @@ def _ask(coordinator_url: str, request: EnrolmentRequest) -> bytes:
 
 
 class _Refusal(msgspec.Struct):
-    detail: str
+    error: str
 
 
 def _reason_of(response: httpx.Response) -> str:
     """Return the sentence of an error response, or its status where there is none."""
     try:
-        return msgspec.json.decode(response.content, type=_Refusal).detail
+        return msgspec.json.decode(response.content, type=_Refusal).error
     except msgspec.DecodeError:
         return f"HTTP {response.status_code}; check the address and take a new token"
 
