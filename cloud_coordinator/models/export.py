@@ -54,7 +54,8 @@ class TrainedModel:
     def outputs(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return what torch computes for ``inputs``, shape (b, …): the truth for every variant."""
         with torch.inference_mode():
-            result: NDArray[np.float32] = self._model(torch.from_numpy(inputs)).numpy()
+            # A copy, because torch refuses to borrow arrays that cannot be written.
+            result: NDArray[np.float32] = self._model(torch.tensor(inputs)).numpy()
         return result
 
     def to_onnx(self, rng: np.random.Generator) -> onnx.ModelProto:
@@ -74,7 +75,7 @@ class TrainedModel:
                 warnings.simplefilter("ignore", FutureWarning)
                 program = torch.onnx.export(
                     self._model,
-                    (torch.from_numpy(example),),
+                    (torch.tensor(example),),
                     dynamo=True,
                     external_data=False,
                     opset_version=OPSET,

@@ -12,7 +12,7 @@ class VersionState(StrEnum):
     COMPRESSED = "compressed"  # variants are built and measured, one is chosen
     SIGNED = "signed"  # the manifest is signed; devices may be told to serve it
     CURRENT = "current"  # what devices of its model should serve
-    SUPERSEDED = "superseded"  # another version of the same model became current; terminal
+    SUPERSEDED = "superseded"  # another version of its model became current; it may come back
     REJECTED = "rejected"  # it cannot be built or does not compute what was trained; terminal
 
 
@@ -32,7 +32,7 @@ TRANSITIONS: dict[VersionState, dict[VersionEvent, VersionState]] = {
     S.COMPRESSED: {E.MANIFEST_SIGNED: S.SIGNED, E.BUILD_REFUSED: S.REJECTED},
     S.SIGNED: {E.MADE_CURRENT: S.CURRENT},
     S.CURRENT: {E.REPLACED: S.SUPERSEDED},
-    S.SUPERSEDED: {},
+    S.SUPERSEDED: {E.MADE_CURRENT: S.CURRENT},
     S.REJECTED: {},
 }
 

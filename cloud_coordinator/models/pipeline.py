@@ -146,13 +146,14 @@ def _examine(
 def _convert(variant: Variant, model: onnx.ModelProto) -> bytes:
     """Return the variant's file; raise UnfitModelError whatever the converter stumbled over."""
     try:
-        converted = variant.convert(model)
+        converted = without_traces(variant.convert(model))
+        onnx.checker.check_model(converted, full_check=True)
     except UnfitModelError:
         raise
     except Exception as error:  # a converter's bug costs its own variant only
         logger.exception("%s cannot be built", variant.name)
         raise UnfitModelError(f"the converter failed: {error}") from error
-    content: bytes = without_traces(converted).SerializeToString(deterministic=True)
+    content: bytes = converted.SerializeToString(deterministic=True)
     return content
 
 

@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.quant_utils import QuantType
 from onnxruntime.quantization.quantize import quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -46,10 +47,12 @@ class Variant:
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Store and compute in half precision; inputs and outputs stay float32."""
-    # The converter takes over tensors of its input, which must stay what it is.
-    half: Any = convert_float_to_float16  # without types
-    converted: onnx.ModelProto = half(copy.deepcopy(model), keep_io_types=True)
-    return converted
+    # Both have no types; the converter takes over tensors of its input, which must stay as it is.
+    half, graph_of = cast("Any", convert_float_to_float16), cast("Any", ONNXModel)
+    converted = graph_of(half(copy.deepcopy(model), keep_io_types=True))
+    converted.topological_sort()  # its new casts stand at the end
+    result: onnx.ModelProto = converted.model
+    return result
 
 
 def to_int8_weights(model: onnx.ModelProto) -> onnx.ModelProto:

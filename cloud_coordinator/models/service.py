@@ -8,9 +8,8 @@ some orphaned blobs: building again is all there is to do, and building what is 
 import asyncio
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Collection
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -21,16 +20,14 @@ from sqlalchemy.orm import Session
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database, change_one
 from cloud_coordinator.models.lifecycle import VersionEvent, VersionState, next_state
+from cloud_coordinator.models.pipeline_child import run_pipeline
 from cloud_coordinator.models.pipeline_messages import (
     BuildFailed,
-    BuildProgress,
     BuildVersion,
     Built,
-    FromPipeline,
     VariantReport,
 )
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
-from shared.child import Child
 from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
 from shared.files import sha256_of
 from shared.manifest import Artifact, Lineage, Manifest, SignedManifest, sign_manifest
@@ -40,9 +37,7 @@ from shared.signing import SigningKey
 
 logger = logging.getLogger(__name__)
 
-BUILD_DEADLINE = timedelta(minutes=20)
 KEPT_VERSIONS = 3  # of each model, beside those that are current or desired
-_PIPELINE = (sys.executable, "-m", "cloud_coordinator.models.pipeline")
 
 
 class ModelService:
@@ -91,7 +86,8 @@ class ModelService:
 
         Raises:
             UnfitModelError: these parameters can become no version; it is rejected for good.
-            UntrustedModelError: a file changed on the disk on its way.
+            UntrustedModelError: a file was changed on the disk.
+            NotFoundError: there are no such parameters.
             UnavailableError: the pipeline died, took too long, or lacked something; try again.
         """
         async with self._one_at_a_time:  # one torch in memory is enough
@@ -151,21 +147,22 @@ class ModelService:
         The version that was current before is superseded. Nothing happens if it is current already.
 
         Raises:
-            NotFoundError: there is no such version.
-            IllegalTransitionError: it was superseded.
+            NotFoundError: there is no such version, or its files were tidied away.
             ConflictError: somebody else moved it meanwhile.
         """
         row = _by_digest(session, version)
         if row.state == VersionState.CURRENT:
             return
-        others = select(ModelVersionRow).where(
+        for variant in row.variants:
+            if variant.shipped and variant.sha256 is not None:
+                self._blobs.path_of(variant.sha256)
+        current = select(ModelVersionRow).where(
             ModelVersionRow.model == row.model,
             ModelVersionRow.state == VersionState.CURRENT.value,
         )
+        for other in session.scalars(current).all():
+            _move(session, other, VersionEvent.REPLACED)
         _move(session, row, VersionEvent.MADE_CURRENT)
-        for other in session.scalars(others):
-            if other.run_id != row.run_id:
-                _move(session, other, VersionEvent.REPLACED)
 
     def blobs_to_keep(self, *, protect: Collection[str], last: int = KEPT_VERSIONS) -> set[str]:
         """Return the blobs that versions still need; all other artifacts may be collected.
@@ -197,7 +194,7 @@ class ModelService:
                 folder=str(self._folder),
                 seed=plan.seed,
             )
-            result = await self._run_pipeline(order, say)
+            result = await run_pipeline(order, log_path=self._log_path, say=say)
             if isinstance(result, Built):
                 return await asyncio.to_thread(self._publish, row, plan, result)
         finally:
@@ -206,30 +203,6 @@ class ModelService:
             raise UnavailableError(result.cause)
         await asyncio.to_thread(self._reject, row, result)
         raise UnfitModelError(result.cause)
-
-    async def _run_pipeline(
-        self, order: BuildVersion, say: Callable[[str], None]
-    ) -> Built | BuildFailed:
-        child = await Child.start(_PIPELINE, name="model pipeline", log_path=self._log_path)
-        try:
-            async with asyncio.timeout(BUILD_DEADLINE.total_seconds()):
-                await child.send(order)
-                async for message in child.messages(FromPipeline):
-                    if not isinstance(message, BuildProgress):
-                        assert isinstance(message, Built | BuildFailed)
-                        return message
-                    logger.info("model pipeline: %s", message.doing)
-                    say(message.doing)
-                status = await child.wait()
-        except TimeoutError as error:
-            raise UnavailableError(
-                f"the model pipeline was not done after {BUILD_DEADLINE}; see {self._log_path}"
-            ) from error
-        finally:
-            await child.stop()
-        raise UnavailableError(
-            f"the model pipeline ended with status {status}; {self._log_path} says why"
-        )
 
     def _candidate(self, fresh: ModelVersionRow) -> ModelVersionRow:
         """Return the run's version row, which is ``fresh`` where there was none."""
@@ -244,35 +217,24 @@ class ModelService:
         for report in built.variants:
             if report.passed:
                 self._store(report)
-        signed = sign_manifest(self._manifest(row, plan, built), self._key)
-        compressed = next_state(VersionState(row.state), VersionEvent.VARIANTS_BUILT)
+        signed = sign_manifest(_manifest(row, plan, built, now=self._clock()), self._key)
         with self._database.transaction() as session:
-            change = (
-                update(ModelVersionRow)
-                .where(ModelVersionRow.run_id == row.run_id, ModelVersionRow.state == row.state)
-                .values(
-                    state=next_state(compressed, VersionEvent.MANIFEST_SIGNED).value,
-                    version=signed.version,
-                    sealed=signed.sealed,
-                    signed_at=signed.manifest.created_at,
-                )
+            _move(
+                session,
+                row,
+                VersionEvent.VARIANTS_BUILT,
+                VersionEvent.MANIFEST_SIGNED,
+                version=signed.version,
+                sealed=signed.sealed,
+                signed_at=signed.manifest.created_at,
             )
-            change_one(session, change, what=f"the model version of run {row.run_id}")
             session.add_all(_variant_rows(row.run_id, built.variants, ship=built.ship))
         _log_signed(signed, built)
         return signed.version
 
     def _reject(self, row: ModelVersionRow, failed: BuildFailed) -> None:
         with self._database.transaction() as session:
-            change = (
-                update(ModelVersionRow)
-                .where(ModelVersionRow.run_id == row.run_id, ModelVersionRow.state == row.state)
-                .values(
-                    state=next_state(VersionState(row.state), VersionEvent.BUILD_REFUSED).value,
-                    cause=failed.cause,
-                )
-            )
-            change_one(session, change, what=f"the model version of run {row.run_id}")
+            _move(session, row, VersionEvent.BUILD_REFUSED, cause=failed.cause)
             session.add_all(_variant_rows(row.run_id, failed.variants, ship=None))
         logger.warning("model version of run %s rejected: %s", row.run_id, failed.cause)
 
@@ -282,36 +244,6 @@ class ModelService:
                 f"{report.file} is not the file that was checked; look who else writes to "
                 f"{self._folder}, then try again"
             )
-
-    def _manifest(self, row: ModelVersionRow, plan: RunPlan, built: Built) -> Manifest:
-        return Manifest(
-            model=row.model,
-            task=plan.task,
-            created_at=self._clock(),
-            inputs=built.inputs,
-            outputs=built.outputs,
-            labels=built.labels,
-            artifacts=tuple(
-                Artifact(
-                    variant=report.variant,
-                    sha256=report.sha256,
-                    size_bytes=report.size_bytes,
-                    session_config=report.session_config,
-                )
-                for report in built.variants
-                if report.passed
-            ),
-            ship=built.ship,
-            golden=built.golden,
-            lineage=Lineage(
-                run_id=row.run_id,
-                rounds=row.rounds,
-                plan_digest=plan.digest,
-                parameters_sha256=row.parameters_sha256,
-                code_version=installed_version("shoal"),
-                parent=row.parent,
-            ),
-        )
 
     def _verify(self, path: Path, sha256: str) -> None:
         """Raise UntrustedModelError unless the blob holds what its name says.
@@ -338,32 +270,66 @@ def _by_digest(session: Session, version: str) -> ModelVersionRow:
     return row
 
 
-def _move(session: Session, row: ModelVersionRow, event: VersionEvent) -> None:
-    """Carry out one transition by compare-and-set."""
+def _move(session: Session, row: ModelVersionRow, *events: VersionEvent, **values: object) -> None:
+    """Take a version through ``events`` by one compare-and-set, with new ``values`` besides."""
+    state = VersionState(row.state)
+    for event in events:
+        state = next_state(state, event)
     change = (
         update(ModelVersionRow)
         .where(ModelVersionRow.run_id == row.run_id, ModelVersionRow.state == row.state)
-        .values(state=next_state(VersionState(row.state), event).value)
+        .values(state=state.value, **values)
     )
     change_one(session, change, what=f"the model version of run {row.run_id}")
+
+
+def _manifest(row: ModelVersionRow, plan: RunPlan, built: Built, *, now: datetime) -> Manifest:
+    """Describe what was built; variants that did not pass are not signed."""
+    artifacts = [
+        Artifact(
+            variant=report.variant,
+            sha256=report.sha256,
+            size_bytes=report.size_bytes,
+            session_config=report.session_config,
+        )
+        for report in built.variants
+        if report.passed
+    ]
+    lineage = Lineage(
+        run_id=row.run_id,
+        rounds=row.rounds,
+        plan_digest=plan.digest,
+        parameters_sha256=row.parameters_sha256,
+        code_version=installed_version("shoal"),
+        parent=row.parent,
+    )
+    return Manifest(
+        model=row.model,
+        task=plan.task,
+        created_at=now,
+        inputs=built.inputs,
+        outputs=built.outputs,
+        labels=built.labels,
+        artifacts=tuple(artifacts),
+        ship=built.ship,
+        golden=built.golden,
+        lineage=lineage,
+    )
 
 
 def _variant_rows(
     run_id: str, reports: Collection[VariantReport], *, ship: str | None
 ) -> list[VariantRow]:
-    return [
-        VariantRow(
-            run_id=run_id,
-            position=position,
-            shipped=report.variant == ship,
-            **{
-                name: value
-                for name, value in msgspec.structs.asdict(report).items()
-                if name != "file"
-            },
+    rows = []
+    for position, report in enumerate(reports):
+        figures = msgspec.structs.asdict(report)
+        del figures["file"]
+        if not report.passed:
+            figures["sha256"] = None  # nobody may download it
+        rows.append(
+            VariantRow(run_id=run_id, position=position, shipped=report.variant == ship, **figures)
         )
-        for position, report in enumerate(reports)
-    ]
+    return rows
 
 
 def _make_empty(folder: Path) -> None:

@@ -1,0 +1,160 @@
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from cloud_coordinator.models import pipeline
+from cloud_coordinator.models.export import TrainedModel
+from cloud_coordinator.models.parity import open_session
+from cloud_coordinator.models.pipeline_messages import BuildFailed, BuildVersion, Built
+from cloud_coordinator.models.quantise import FP32, VARIANTS, Variant
+from shared.errors import UnavailableError
+from shared.parameters import load_parameters, save_vectors
+from shared.tasks.registry import load_task
+from shared.tasks.spec import TaskSpec
+from shared.tasks.task import seeded_model
+from shared.tasks.vectors import to_vector
+
+SPEC = TaskSpec(
+    "health",
+    "tabular",
+    {
+        "kind": "classification",
+        "model": "mlp",
+        "features": [{"name": n, "minimum": 0.0, "maximum": 9.0} for n in ("age", "weight")],
+        "target": "state",
+        "labels": ["well", "ill", "unknown"],
+    },
+)
+
+
+def order_in(folder: Path) -> BuildVersion:
+    parameters = to_vector(seeded_model(load_task(SPEC), 0))
+    (folder / "parameters").write_bytes(save_vectors({"parameters": parameters}))
+    return BuildVersion(
+        task=SPEC, parameters_path=str(folder / "parameters"), folder=str(folder), seed=3
+    )
+
+
+def build(order: BuildVersion) -> Built | BuildFailed:
+    return pipeline.build(order, say=lambda _: None, clock=time.perf_counter)
+
+
+def altered(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with one of its weights turned around."""
+    broken = onnx.ModelProto()
+    broken.CopyFrom(model)
+    weight = max(broken.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
+    return broken
+
+
+def crashing(_model: onnx.ModelProto) -> onnx.ModelProto:
+    raise KeyError("a converter's own bug")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Built]:
+    """Build once, with two variants that must not get through."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    broken = (Variant("broken", altered, 0.05), Variant("crashing", crashing, 0.05))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "VARIANTS", (*VARIANTS, *broken))
+        result = build(order_in(folder))
+    assert isinstance(result, Built)
+    return folder, result
+
+
+def test_every_variant_that_passed_is_a_file_with_its_digest_and_size(
+    built: tuple[Path, Built],
+) -> None:
+    folder, result = built
+    passed = [report for report in result.variants if report.passed]
+    assert {FP32, "fp16", "int8-weights"} <= {report.variant for report in passed}
+    for report in passed:
+        content = (folder / report.file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == report.sha256
+        assert len(content) == report.size_bytes
+        assert report.latency_p50_us is not None
+        assert report.latency_p50_us > 0
+        onnx.checker.check_model(onnx.load_from_string(content))
+    assert result.ship in {report.variant for report in passed}
+
+
+def test_a_variant_with_altered_weights_is_caught_measured_and_left_out(
+    built: tuple[Path, Built],
+) -> None:
+    folder, result = built
+    report = next(r for r in result.variants if r.variant == "broken")
+    assert not report.passed
+    assert "off by" in report.cause
+    assert report.relative_error is not None
+    assert report.relative_error > 0.05
+    assert not (folder / "broken.onnx").exists()
+
+
+def test_a_converter_that_crashes_costs_its_own_variant_only(built: tuple[Path, Built]) -> None:
+    report = next(r for r in built[1].variants if r.variant == "crashing")
+    assert not report.passed
+    assert "a converter's own bug" in report.cause
+    assert report.size_bytes == 0
+
+
+def test_compressed_variants_tell_no_more_of_the_source_than_fp32(
+    built: tuple[Path, Built],
+) -> None:
+    folder, result = built
+    for report in result.variants:
+        if report.passed:
+            content = (folder / report.file).read_bytes()
+            for leak in (b"torch", b".py", b"onnx.quantize", b"tabular", b"stack_trace"):
+                assert leak not in content
+
+
+def test_the_golden_batch_is_torchs_and_the_shipped_variant_meets_it(
+    built: tuple[Path, Built],
+) -> None:
+    folder, result = built
+    golden = result.golden
+    inputs = np.frombuffer(golden.inputs, "<f4").reshape(golden.rows, 2)
+    outputs = np.frombuffer(golden.outputs, "<f4").reshape(golden.rows, 3)
+    truth = TrainedModel(load_task(SPEC), load_parameters(folder / "parameters")).outputs(inputs)
+    np.testing.assert_array_equal(outputs, truth)
+    shipped = next(r for r in result.variants if r.variant == result.ship)
+    session = open_session((folder / shipped.file).read_bytes(), shipped.session_config)
+    (served,) = session.run(None, {result.inputs[0].name: inputs})
+    assert np.abs(np.asarray(served) - outputs).max() <= golden.tolerance
+    assert golden.tolerance < 0.1 * outputs.std()
+
+
+def test_labels_and_signature_are_the_tasks(built: tuple[Path, Built]) -> None:
+    _, result = built
+    task = load_task(SPEC)
+    assert (result.inputs, result.outputs) == ((task.input,), (task.output,))
+    assert result.labels == ("well", "ill", "unknown")
+
+
+def test_nothing_is_built_when_the_export_itself_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "VARIANTS", (Variant(FP32, altered, 1e-4),))
+    result = build(order_in(tmp_path))
+    assert isinstance(result, BuildFailed)
+    assert result.rejected
+    assert "does not compute what was trained" in result.cause
+    assert [report.passed for report in result.variants] == [False]
+
+
+def test_a_full_disk_is_no_fault_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(path: Path, _content: bytes) -> None:
+        raise UnavailableError(f"no space left on the disk that holds {path.parent}")
+
+    monkeypatch.setattr(pipeline, "write_atomic", no_space)
+    with pytest.raises(UnavailableError, match="no space"):
+        build(order_in(tmp_path))
