@@ -82,7 +82,7 @@ def main() -> None:
     private, public = _listen(0), _listen(start.public_port)
     ready = SuperLinkReady(private.getsockname()[1], public.getsockname()[1])
     secrets = SuperLinkSecrets.read(Path(start.secrets_path))
-    app = create_app(_flower_config(secrets, ready.private_port), SuperLinkLifespan)
+    app = create_app(flower_config(secrets, ready.private_port), SuperLinkLifespan)
     listener = LeanListener(app, private_port=ready.private_port, control_secret=secrets.control)
     server = _Server(_uvicorn_config(listener, start), link, ready)
     threading.Thread(
@@ -108,7 +108,8 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _flower_config(secrets: SuperLinkSecrets, port: int) -> SuperLinkLifespanConfig:
+def flower_config(secrets: SuperLinkSecrets, port: int) -> SuperLinkLifespanConfig:
+    """Return what Flower's own command line would have made of our options."""
     return SuperLinkLifespanConfig(
         host=_HOST,
         port=port,

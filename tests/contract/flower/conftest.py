@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import (
@@ -19,7 +19,6 @@ from cloud_coordinator.flower.superlink import SuperLink
 from edge_agent.flower_node import FlowerNode
 from tests.contract.flower.flower_probe import CLIENT_APP, TASK, app
 
-T = TypeVar("T")
 DEADLINE_S = 30.0
 
 
@@ -39,13 +38,15 @@ class LiveSuperLink:
         self.parent = self._do(SuperLink.start(home, public_port=public_port))
 
     def register(self, key: EllipticCurvePrivateKey, name: str = "device") -> int:
-        return self._do(self.parent.register_node(public_pem(key), name))
+        node_id: int = self._do(self.parent.register_node(public_pem(key), name))
+        return node_id
 
     def unregister(self, node_id: int) -> None:
         self._do(self.parent.unregister_node(node_id))
 
     def wait(self) -> int:
-        return self._do(self.parent.wait())
+        status: int = self._do(self.parent.wait())
+        return status
 
     def close(self) -> None:
         self._do(self.parent.stop())

@@ -34,7 +34,9 @@ def train(message: Message, context: Context) -> Message:
 @app.query("count")
 def count(message: Message, context: Context) -> Message:
     """Say how many messages of this run this node has counted."""
-    counted = int(context.state.config_records.get("n", ConfigRecord({"n": 0}))["n"]) + 1
+    before = context.state.config_records.get("n", ConfigRecord({"n": 0}))["n"]
+    assert isinstance(before, int)
+    counted = before + 1
     context.state.config_records["n"] = ConfigRecord({"n": counted})
     return Message(RecordDict({"n": ConfigRecord({"n": counted})}), reply_to=message)
 
