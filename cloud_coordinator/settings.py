@@ -85,6 +85,12 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @property
+    def api_url(self) -> str:
+        """Where the REST API is reached."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
     def database_url(self) -> str:
         """The database in use."""
         return self.database or f"sqlite:///{self.home / 'shoal.db'}"
@@ -145,10 +151,9 @@ def read_service(home: Path) -> Service | None:
 
 def write_service(settings: Settings) -> None:
     """Write down where this process serves."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     service = Service(
         pid=os.getpid(),
-        api_url=f"http://{host}:{settings.port}",
+        api_url=settings.api_url,
         port=settings.port,
         mqtt_port=settings.mqtt_port,
         fleet_port=settings.fleet_port,

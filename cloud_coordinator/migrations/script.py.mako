@@ -6,6 +6,8 @@ After: ${down_revision | comma,n}
 
 import sqlalchemy as sa
 from alembic import op
+
+from cloud_coordinator.database import UtcDateTime
 ${imports if imports else ""}
 
 revision = ${repr(up_revision)}

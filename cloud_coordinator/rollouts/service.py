@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from cloud_coordinator.control_link import ControlLink
 from cloud_coordinator.database import Database
 from cloud_coordinator.devices.service import Device, DeviceService
+from cloud_coordinator.devices.tables import DeviceRow
 from cloud_coordinator.rollouts.tables import DesiredRow, TargetRow
 from shared.messages import Desired
 
@@ -76,6 +77,15 @@ class RolloutService:
     async def desired(self) -> dict[str, DesiredRow]:
         """Return all desired states by device id."""
         return {row.device_id: row for row in await asyncio.to_thread(self._all)}
+
+    def versions_in_use(self) -> set[str]:
+        """Return every version that a device serves or should serve; blocks."""
+        with self._database.transaction() as session:
+            wanted = {row.model_version for row in session.scalars(select(DesiredRow))}
+            targets = {row.model_version for row in session.scalars(select(TargetRow))}
+            reports = list(session.scalars(select(DeviceRow.reported)))
+        served = {report["serving_version"] for report in reports if report}
+        return (wanted | targets | served) - {None}
 
     async def _say(self, row: DesiredRow) -> None:
         body = Desired(version=row.version, model_version=row.model_version)

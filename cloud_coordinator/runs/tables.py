@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, ForeignKeyConstraint, String, Text
+from sqlalchemy import JSON, BigInteger, ForeignKey, ForeignKeyConstraint, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cloud_coordinator.database import Base
@@ -57,8 +57,8 @@ class ParticipationRow(Base):
     cause: Mapped[str] = mapped_column(Text, default="")
     num_examples: Mapped[int] = mapped_column(default=0)
     seconds: Mapped[float | None] = mapped_column(default=None)
-    bytes_down: Mapped[int] = mapped_column(default=0)
-    bytes_up: Mapped[int] = mapped_column(default=0)
+    bytes_down: Mapped[int] = mapped_column(BigInteger, default=0)
+    bytes_up: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
 class InvitationRow(Base):

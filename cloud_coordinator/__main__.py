@@ -1,0 +1,19 @@
+"""Entry point of ``shoal`` and of ``python -m cloud_coordinator``."""
+
+import sys
+
+from cloud_coordinator.cli import app
+from shared.errors import ShoalError
+
+
+def main() -> None:
+    """Run the command; an expected error is one sentence and exit status 1."""
+    try:
+        app()
+    except ShoalError as error:
+        sys.stderr.write(f"shoal: {error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What operators type: clients of the REST API, one module for each noun."""

@@ -1,0 +1,145 @@
+"""``shoal run``."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from cloud_coordinator.commands.client import DEFAULT_HOME, ApiClient, AsJson, Home
+from cloud_coordinator.commands.output import digest, moment, print_facts, print_json, print_table
+from shared.config import read_toml
+from shared.errors import ShoalError
+from shared.run_plan import RunPlan
+
+runs = typer.Typer(help="Runs: training of one model over many rounds.", no_args_is_help=True)
+
+_ENDED = {"finished", "failed", "stopped"}
+_POLL_S = 1.0
+
+
+@runs.command("start")
+def start_run(
+    plan: Annotated[Path, typer.Argument(help="The plan, a TOML file.")],
+    home: Home = DEFAULT_HOME,
+    *,
+    watch: Annotated[bool, typer.Option(help="Show its progress until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a run from PLAN; exit status 1 if --watch sees it fail."""
+    document = msgspec.to_builtins(read_toml(plan, RunPlan))
+    client = ApiClient(home)
+    run = client.post("/v1/runs", document)
+    if watch:
+        run = watch_run(client, run["run_id"], say=_note(as_json=as_json), pause=time.sleep)
+    if as_json:
+        print_json(run)
+    elif not watch:
+        typer.echo(run["run_id"])
+
+
+@runs.command("list")
+def list_runs(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
+    """List runs, the newest first."""
+    answer = ApiClient(home).get("/v1/runs")
+    if as_json:
+        print_json(answer)
+        return
+    rows = [
+        (run["run_id"], run["state"], moment(run["created_at"]), run["doing"] or run["cause"])
+        for run in answer
+    ]
+    columns = ("run", "state", "started (UTC)", "now")
+    print_table(columns, rows, empty="no runs yet; 'shoal run start PLAN.toml' begins one")
+
+
+@runs.command("show")
+def show_run(run_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
+    """Show one run: its rounds, who took part, and why others did not."""
+    run = ApiClient(home).get(f"/v1/runs/{run_id}")
+    if as_json:
+        print_json(run)
+        return
+    print_facts(
+        {
+            "run": run["run_id"],
+            "state": run["state"],
+            "now": run["doing"] or run["cause"] or "-",
+            "task": run["plan"]["task"]["name"],
+            "plan": digest(run["plan_digest"]),
+            "version": digest(run["model_version"]),
+        }
+    )
+    rows = [_round_row(record) for record in run["rounds"]]
+    print_table(("round", "state", "s", "metrics", "took part", "did not"), rows, empty="no rounds")
+    invited = [
+        (i["device_id"], i["state"], moment(i["changed_at"]), i["reason"])
+        for i in run["invitations"]
+    ]
+    columns = ("device", "invitation", "since (UTC)", "reason")
+    print_table(columns, invited, empty="nobody was invited yet")
+
+
+@runs.command("stop")
+def stop_run(run_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
+    """End a run; the rounds that it committed stay."""
+    run = ApiClient(home).post(f"/v1/runs/{run_id}/stop")
+    if as_json:
+        print_json(run)
+    else:
+        typer.echo(f"run {run['run_id']} is ending")
+
+
+def watch_run(
+    client: ApiClient, run_id: str, *, say: Callable[[str], None], pause: Callable[[float], None]
+) -> Any:
+    """Say what is new about a run until it ends, and return it.
+
+    Args:
+        client: to ask.
+        run_id: the run.
+        say: told each new line.
+        pause: waits for some seconds.
+
+    Raises:
+        ShoalError: the run did not finish.
+    """
+    seen_rounds, last = 0, ""
+    while True:
+        run = client.get(f"/v1/runs/{run_id}")
+        for record in run["rounds"][seen_rounds:]:
+            say("  ".join(_round_row(record)))
+        seen_rounds = len(run["rounds"])
+        now = f"{run['state']}: {run['doing']}" if run["doing"] else run["state"]
+        if now != last:
+            say(now)
+        last = now
+        if run["state"] in _ENDED:
+            break
+        pause(_POLL_S)
+    if run["state"] != "finished":
+        raise ShoalError(f"run {run_id} {run['state']}: {run['cause']}")
+    return run
+
+
+def _note(*, as_json: bool) -> Callable[[str], None]:
+    """Return what prints progress: to standard error where the output is JSON."""
+    console = Console(stderr=as_json, highlight=False, markup=False)
+    return console.print
+
+
+def _round_row(record: dict[str, Any]) -> tuple[str, ...]:
+    parts = record["participations"]
+    absent = [p for p in parts if p["outcome"] not in {"replied", "not-needed"}]
+    return (
+        str(record["round_number"]),
+        record["state"],
+        f"{record['seconds']:.1f}",
+        " ".join(f"{name}={value:.4f}" for name, value in record["metrics"].items()) or "-",
+        " ".join(p["device_id"] for p in parts if p["outcome"] == "replied") or "-",
+        "; ".join(f"{p['device_id']}: {p['cause'] or p['outcome']}" for p in absent)
+        or record["cause"],
+    )
