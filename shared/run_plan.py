@@ -46,7 +46,7 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     task: TaskSpec
     rounds: Count = 10
-    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**53)] = 0  # exact in JSON everywhere
     strategy: Literal["fedavg"] = "fedavg"
     training: TrainingPlan = TrainingPlan()
     cohort: CohortPlan = CohortPlan()
