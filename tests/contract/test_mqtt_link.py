@@ -2,102 +2,53 @@
 
 import asyncio
 import contextlib
-import getpass
 import os
 import random
 import shutil
 import socket
-import subprocess
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Protocol
 
 import pytest
-from iotcore import Broker
 
+from cloud_coordinator.broker import BrokerKind, BrokerPlan, start_broker
+from shared.child import Child
 from shared.errors import ConfigError, UnavailableError
 from shared.listening import free_port
 from shared.messages import MAX_MESSAGE_BYTES
 from shared.mqtt import MAX_PACKET_BYTES, MqttSession, Outgoing
 
 TIME_LIMIT_S = 15.0
+PROGRAMS = f"{os.environ.get('PATH', '')}:/usr/sbin"
 
 
-class RestartableBroker(Protocol):
-    url: str
+class RunningBroker:
+    """The broker as the coordinator starts it."""
 
-    def start(self) -> None: ...
-    def stop(self) -> None: ...
+    def __init__(self, kind: BrokerKind, home: Path) -> None:
+        self._plan = BrokerPlan(kind, "127.0.0.1", free_port())
+        self._home = home
+        self._child: Child | None = None
+        self.url = self._plan.url
 
+    async def start(self) -> None:
+        self._child = await start_broker(self._plan, home=self._home)
 
-class Embedded:
-    """rumqttd from the wheel iotcore; MQTT 5 needs its TOML form."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.url = f"mqtt://127.0.0.1:{port}"
-        self._config = folder / "rumqttd.toml"
-        self._config.write_text(
-            "id = 0\n[router]\nid = 0\nmax_connections = 100\nmax_outgoing_packet_count = 200\n"
-            "max_segment_size = 104857600\nmax_segment_count = 10\n"
-            f'[v5.1]\nname = "v5"\nlisten = "127.0.0.1:{port}"\nnext_connection_delay_ms = 1\n'
-            "[v5.1.connections]\nconnection_timeout_ms = 60000\n"
-            f"max_payload_size = {MAX_PACKET_BYTES}\nmax_inflight_count = 500\n"
-        )
-        self._broker: Broker | None = None
-
-    def start(self) -> None:
-        self._broker = Broker(config_path=str(self._config)).start()
-
-    def stop(self) -> None:
-        if self._broker is not None:
-            self._broker.stop()
+    async def stop(self) -> None:
+        assert self._child is not None
+        await self._child.stop()
 
 
-class Mosquitto:
-    def __init__(self, folder: Path, port: int) -> None:
-        self.url = f"mqtt://127.0.0.1:{port}"
-        self._port = port
-        self._config = folder / "mosquitto.conf"
-        self._config.write_text(
-            f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n"
-            f"message_size_limit {MAX_PACKET_BYTES}\nmax_queued_messages 200000\n"
-            f"max_inflight_messages 500\npersistence false\n"
-        )
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        program = _find_mosquitto()
-        assert program is not None
-        self._process = subprocess.Popen([program, "-c", self._config], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + TIME_LIMIT_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)):
-                return
-            time.sleep(0.02)
-        raise TimeoutError("mosquitto does not listen")
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(TIME_LIMIT_S)
-
-
-def _find_mosquitto() -> str | None:
-    return shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-
-
-@pytest.fixture(params=["iotcore", "mosquitto"])
-def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RestartableBroker]:
-    if request.param == "mosquitto" and _find_mosquitto() is None:
+@pytest.fixture(params=["embedded", "mosquitto"])
+async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RunningBroker]:
+    if request.param == "mosquitto" and shutil.which("mosquitto", path=PROGRAMS) is None:
         if os.environ.get("CI") == "true":
             pytest.fail("the Debian package mosquitto is missing")
         pytest.skip("needs the Debian package mosquitto")
-    kind = Embedded if request.param == "iotcore" else Mosquitto
-    started = kind(tmp_path, free_port())
-    started.start()
+    started = RunningBroker(request.param, tmp_path)
+    await started.start()
     yield started
-    started.stop()
+    await started.stop()
 
 
 class Peer:
@@ -165,7 +116,7 @@ async def connected(
             await task
 
 
-async def test_messages_arrive_once_and_in_order(broker: RestartableBroker) -> None:
+async def test_messages_arrive_once_and_in_order(broker: RunningBroker) -> None:
     async with connected(broker.url, "ear", "t/+") as ear, connected(broker.url, "mouth") as mouth:
         for number in range(200):
             await mouth.session.publish(Outgoing("t/x", b"%d" % number))
@@ -174,7 +125,7 @@ async def test_messages_arrive_once_and_in_order(broker: RestartableBroker) -> N
         assert ear.payloads() == [b"%d" % number for number in range(200)]
 
 
-async def test_many_publishers_at_once_share_one_session(broker: RestartableBroker) -> None:
+async def test_many_publishers_at_once_share_one_session(broker: RunningBroker) -> None:
     async with connected(broker.url, "ear", "t/+") as ear, connected(broker.url, "mouth") as mouth:
         async with asyncio.TaskGroup() as group:
             for number in range(500):
@@ -184,7 +135,7 @@ async def test_many_publishers_at_once_share_one_session(broker: RestartableBrok
         assert {topic for topic, _ in ear.received} == {f"t/{number}" for number in range(500)}
 
 
-async def test_a_retained_message_greets_who_comes_later(broker: RestartableBroker) -> None:
+async def test_a_retained_message_greets_who_comes_later(broker: RunningBroker) -> None:
     async with connected(broker.url, "mouth") as mouth:
         await mouth.session.publish(Outgoing("t/desired", b"old", retain=True))
         await mouth.session.publish(Outgoing("t/desired", b"new", retain=True))
@@ -194,7 +145,7 @@ async def test_a_retained_message_greets_who_comes_later(broker: RestartableBrok
         assert ear.received == [("t/desired", b"new")]
 
 
-async def test_the_last_will_is_said_when_the_wire_is_cut(broker: RestartableBroker) -> None:
+async def test_the_last_will_is_said_when_the_wire_is_cut(broker: RunningBroker) -> None:
     will = Outgoing("t/presence", b"lost", retain=True, expiry_s=600)
     async with (
         connected(broker.url, "ear", "t/+") as ear,
@@ -205,7 +156,7 @@ async def test_the_last_will_is_said_when_the_wire_is_cut(broker: RestartableBro
         await device.until(lambda p: p.connects == 2)
 
 
-async def test_a_clean_goodbye_says_no_last_will(broker: RestartableBroker) -> None:
+async def test_a_clean_goodbye_says_no_last_will(broker: RunningBroker) -> None:
     will = Outgoing("t/presence", b"lost")
     async with connected(broker.url, "ear", "t/+") as ear:
         async with connected(broker.url, "device", will=will) as device:
@@ -217,7 +168,7 @@ async def test_a_clean_goodbye_says_no_last_will(broker: RestartableBroker) -> N
         assert ear.payloads() == [b"stopped", b"ready"]
 
 
-async def test_a_message_is_forgotten_when_it_expires(broker: RestartableBroker) -> None:
+async def test_a_message_is_forgotten_when_it_expires(broker: RunningBroker) -> None:
     async with connected(broker.url, "mouth") as mouth:
         await mouth.session.publish(Outgoing("t/short", b"x", retain=True, expiry_s=1))
         await mouth.session.publish(Outgoing("t/long", b"x", retain=True, expiry_s=600))
@@ -234,7 +185,7 @@ async def test_a_message_is_forgotten_when_it_expires(broker: RestartableBroker)
                 number += 1
 
 
-async def test_what_is_said_during_a_short_drop_is_not_lost(broker: RestartableBroker) -> None:
+async def test_what_is_said_during_a_short_drop_is_not_lost(broker: RunningBroker) -> None:
     async with connected(broker.url, "ear", "t/+") as ear, connected(broker.url, "mouth") as mouth:
         ear.session.next_connect_within(0.5)
         ear.cut_the_wire()
@@ -243,12 +194,12 @@ async def test_what_is_said_during_a_short_drop_is_not_lost(broker: RestartableB
         await ear.until(lambda p: p.connects == 2 and len(set(p.payloads())) == 20)
 
 
-async def test_after_a_broker_restart_everything_is_as_before(broker: RestartableBroker) -> None:
+async def test_after_a_broker_restart_everything_is_as_before(broker: RunningBroker) -> None:
     async with connected(broker.url, "ear", "t/+") as ear, connected(broker.url, "mouth") as mouth:
         for peer in (ear, mouth):
             peer.session.next_connect_within(0.5)
-        broker.stop()
-        await asyncio.to_thread(broker.start)
+        await broker.stop()
+        await broker.start()
         await ear.until(lambda p: p.connects == 2)
         await mouth.until(lambda p: p.connects == 2)
 
@@ -256,17 +207,17 @@ async def test_after_a_broker_restart_everything_is_as_before(broker: Restartabl
         await ear.until(lambda p: b"again" in p.payloads())
 
 
-async def test_publishing_without_a_broker_fails_at_once(broker: RestartableBroker) -> None:
+async def test_publishing_without_a_broker_fails_at_once(broker: RunningBroker) -> None:
     async with connected(broker.url, "mouth") as mouth:
         mouth.session.next_connect_within(60)
-        broker.stop()
+        await broker.stop()
         await mouth.until_disconnected()
         with pytest.raises(UnavailableError, match="is away"):
             await mouth.session.publish(Outgoing("t/x", b"x"))
 
 
 async def test_the_largest_message_passes_and_a_larger_one_is_refused_here(
-    broker: RestartableBroker,
+    broker: RunningBroker,
 ) -> None:
     async with connected(broker.url, "ear", "t/+") as ear, connected(broker.url, "mouth") as mouth:
         with pytest.raises(ValueError, match="is over"):
@@ -275,7 +226,7 @@ async def test_the_largest_message_passes_and_a_larger_one_is_refused_here(
         await ear.until(lambda p: len(p.received) == 1)
 
 
-async def test_a_larger_message_of_somebody_else_never_arrives(broker: RestartableBroker) -> None:
+async def test_a_larger_message_of_somebody_else_never_arrives(broker: RunningBroker) -> None:
     async with connected(broker.url, "ear", "t/+") as ear, connected(broker.url, "rude") as rude:
         assert rude.session._client is not None
         with contextlib.suppress(Exception):  # the broker may cut the wire or acknowledge
@@ -289,7 +240,7 @@ async def test_a_larger_message_of_somebody_else_never_arrives(broker: Restartab
 
 
 async def test_a_handler_with_a_bug_does_not_end_the_link(
-    broker: RestartableBroker, caplog: pytest.LogCaptureFixture
+    broker: RunningBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(broker.url, "ear", "t/+") as ear, connected(broker.url, "mouth") as mouth:
         await mouth.session.publish(Outgoing("t/x", b"poison"))
@@ -300,7 +251,7 @@ async def test_a_handler_with_a_bug_does_not_end_the_link(
 
 
 async def test_a_second_session_of_the_same_name_throws_out_the_first(
-    broker: RestartableBroker,
+    broker: RunningBroker,
 ) -> None:
     async with connected(broker.url, "device") as first:
         first.session.next_connect_within(60)
