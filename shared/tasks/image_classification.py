@@ -10,6 +10,7 @@ In a task file::
     width = 28
     channels = 1               # 1 grey, 3 colours
     labels = ["shirt", "shoe"] # in the order of the class indices
+    loss = "cross-entropy"     # or "balanced", where devices have few of the classes each
 
 The served network takes raw pixels: float32 of shape (batch, channels, height, width), each in
 [0, 255]; scaling is its first layer. Neither network has normalisation layers whose running
@@ -25,12 +26,12 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from shared.config import convert
 from shared.errors import ConfigError
 from shared.manifest import TensorSpec
 from shared.tasks.contract import DataContract, ImageShape, check_labels
+from shared.tasks.losses import ClassificationLoss, classification_loss
 from shared.tasks.metrics import classification_summary, classification_sums
 from shared.tasks.task import Task
 
@@ -47,6 +48,7 @@ class ImageOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     width: Annotated[int, Meta(ge=4, le=4096)]
     channels: Literal[1, 3] = 1
     labels: Annotated[tuple[str, ...], Meta(min_length=2, max_length=10_000)]
+    loss: ClassificationLoss = "cross-entropy"
 
     def __post_init__(self) -> None:
         check_labels(self.labels)
@@ -58,11 +60,11 @@ class ImageOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class PixelScaling(nn.Module):
-    """Maps raw pixels in [0, 255] to [-1, 1]."""
+    """Maps raw pixels in [0, 255] to [0, 1]: a black background stays nothing at all."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Scale a batch of any shape."""
-        return pixels * (2 / 255) - 1
+        return pixels * (1 / 255)
 
 
 class ImageClassification(Task):
@@ -107,11 +109,14 @@ class ImageClassification(Task):
     def build_model(self) -> nn.Module:
         """Return the network from raw pixels to logits."""
         build = _lenet_5 if self._options.model == "lenet-5" else _small_cnn
-        return nn.Sequential(PixelScaling(), *build(*self._shape, classes=len(self.labels)))
+        layers = build(*self._shape, classes=len(self.labels))
+        for layer in layers:
+            _initialise(layer)
+        return nn.Sequential(PixelScaling(), *layers)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross entropy in nats."""
-        return functional.cross_entropy(outputs, targets)
+        """Return the mean loss in nats; see `classification_loss`."""
+        return classification_loss(self._options.loss, outputs, targets)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """Count examples and hits, and sum the loss."""
@@ -124,6 +129,14 @@ class ImageClassification(Task):
     def example_inputs(self, rng: np.random.Generator, rows: int) -> NDArray[Any]:
         """Draw pictures of noise, shape (rows, channels, height, width)."""
         return rng.integers(0, 256, (rows, *self._shape)).astype(np.float32)
+
+
+def _initialise(layer: nn.Module) -> None:
+    """Draw weights after He et al. 2015: the first rounds of a fleet are worth more than luck."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
 
 
 def _lenet_5(channels: int, height: int, width: int, *, classes: int) -> list[nn.Module]:
@@ -146,13 +159,15 @@ def _lenet_5(channels: int, height: int, width: int, *, classes: int) -> list[nn
 
 
 def _small_cnn(channels: int, height: int, width: int, *, classes: int) -> list[nn.Module]:
-    """Stages of 3 x 3 convolution and halving, two at least, then one hidden layer."""
+    """Stages of convolution (5 x 5, then 3 x 3) and halving, two at least; one hidden layer."""
     layers: list[nn.Module] = []
+    kernel = 5
     for before, after in pairwise((channels, *_stage_channels(max(height, width)))):
         steps = tuple(2 if side >= 4 else 1 for side in (height, width))
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(steps)]
+        convolution = nn.Conv2d(before, after, kernel, padding=kernel // 2)
+        layers += [convolution, nn.ReLU(), nn.MaxPool2d(steps)]
         height, width = height // steps[0], width // steps[1]
-        last = after
+        last, kernel = after, 3
     return [
         *layers,
         nn.Flatten(),

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
+@torch.no_grad()
 def classification_sums(logits: Tensor, targets: Tensor) -> dict[str, float]:
     """Measure a batch.
 
@@ -31,6 +32,7 @@ def classification_summary(sums: Mapping[str, float]) -> dict[str, float]:
     return {"loss": sums["loss_sum"] / examples, "accuracy": sums["correct"] / examples}
 
 
+@torch.no_grad()
 def regression_sums(
     predictions: Tensor, targets: Tensor, *, mean: float, scale: float
 ) -> dict[str, float]:

@@ -9,6 +9,7 @@ In a task file::
     model = "mlp"               # or "linear"
     target = "state"            # the column to predict
     labels = ["ok", "failed"]   # of a classification
+    loss = "cross-entropy"      # or "balanced", where devices have few of the classes each
     [[options.features]]
     name = "temperature"        # the column
     minimum = -40               # rows outside are skipped
@@ -31,12 +32,12 @@ import torch
 from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from shared.config import convert
 from shared.errors import ConfigError
 from shared.manifest import TensorSpec
 from shared.tasks.contract import DataContract, Feature, check_labels
+from shared.tasks.losses import ClassificationLoss, classification_loss
 from shared.tasks.metrics import (
     classification_summary,
     classification_sums,
@@ -69,6 +70,7 @@ class TabularOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     features: Annotated[tuple[TabularFeature, ...], Meta(min_length=1, max_length=10_000)]
     target: str
     labels: Annotated[tuple[str, ...], Meta(max_length=10_000)] = ()
+    loss: ClassificationLoss | None = None  # of a classification; cross-entropy by default
     target_minimum: Finite | None = None
     target_maximum: Finite | None = None
     target_mean: Finite | None = None
@@ -85,7 +87,7 @@ class TabularOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 def _check_target(options: TabularOptions) -> None:
-    """Refuse labels for a number, and a range for a class."""
+    """Refuse what belongs to a label where a number is predicted, and the other way round."""
     ranged = [
         name
         for name in ("target_minimum", "target_maximum", "target_mean", "target_scale")
@@ -93,6 +95,8 @@ def _check_target(options: TabularOptions) -> None:
     ]
     if options.kind == "regression" and options.labels:
         raise ConfigError("labels: a regression has none; leave them out or classify")
+    if options.kind == "regression" and options.loss:
+        raise ConfigError("loss: a regression always has the squared error; leave it out")
     if options.kind == "classification" and ranged:
         raise ConfigError(f"{ranged[0]}: a classification has labels instead; leave it out")
     if options.kind == "classification" and len(options.labels) < 2:
@@ -211,8 +215,8 @@ class TabularClassification(Tabular):
         return nn.Sequential(*self._network(len(self.labels)))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross entropy in nats."""
-        return functional.cross_entropy(outputs, targets)
+        """Return the mean loss in nats; see `classification_loss`."""
+        return classification_loss(self._options.loss or "cross-entropy", outputs, targets)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """Count examples and hits, and sum the loss."""
