@@ -92,6 +92,8 @@ class Slots:
         slot = self.spare
         self._point(_Pointer(self._pointer().current, None))
         _clear(slot)
+        for torn in self.folder.glob(f".{self._pointer_path.name}.*"):  # writes that a crash cut
+            torn.unlink()
         model.replace(slot / MODEL)
         sync_directory(slot)
         write_atomic(slot / MANIFEST, sealed)

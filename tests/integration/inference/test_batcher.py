@@ -1,0 +1,94 @@
+import asyncio
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from edge_agent.inference.batcher import Batcher
+from edge_agent.inference.engine import Array, Engine
+from shared.errors import UnfitModelError
+from tests.integration.inference.tiny_models import FEATURES, linear
+
+
+class GatedEngine(Engine):
+    """The real engine, which waits in front of each run until it is let through."""
+
+    def __init__(self) -> None:
+        version = linear()
+        manifest = version.signed.manifest
+        super().__init__(
+            version.content, inputs=manifest.inputs, outputs=manifest.outputs, session_config={}
+        )
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        self.entered.release()
+        assert self.gate.acquire(timeout=10)
+        if (feeds["x"] == 13).any():
+            raise UnfitModelError("thirteen")
+        return super().run(feeds)
+
+
+def rows(first: int, count: int = 1) -> dict[str, Array]:
+    values = np.arange(first, first + count, dtype=np.float32)
+    return {"x": np.repeat(values[:, None], FEATURES, axis=1)}
+
+
+async def entered(engine: GatedEngine) -> None:
+    assert await asyncio.to_thread(engine.entered.acquire, timeout=10)
+
+
+async def test_what_queues_while_the_model_is_busy_goes_through_in_one_run() -> None:
+    engine, runs = GatedEngine(), list[int]()
+    batcher = Batcher(engine, loop=asyncio.get_running_loop(), on_run=runs.append)
+    first = batcher.submit(rows(1))
+    await entered(engine)  # a lone request does not wait for company
+    others = [batcher.submit(rows(number, number)) for number in (2, 3, 4)]
+    engine.gate.release(2)
+    await asyncio.wait_for(asyncio.gather(first, *others), 10)
+    assert runs == [1, 9]
+    for number, future in zip((2, 3, 4), others, strict=True):
+        wanted = rows(number, number)["x"] @ linear().weights
+        np.testing.assert_allclose(future.result()[0], wanted, rtol=1e-5)
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_a_run_joins_no_more_rows_than_allowed() -> None:
+    engine, runs = GatedEngine(), list[int]()
+    batcher = Batcher(engine, loop=asyncio.get_running_loop(), on_run=runs.append, max_rows=4)
+    futures = [batcher.submit(rows(0))]
+    await entered(engine)
+    futures += [batcher.submit(rows(0, count)) for count in (3, 2, 9, 1)]
+    engine.gate.release(5)
+    await asyncio.wait_for(asyncio.gather(*futures), 10)
+    assert runs == [1, 3, 2, 9, 1]
+    assert [len(future.result()[0]) for future in futures] == [1, 3, 2, 9, 1]
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_only_the_request_that_makes_the_model_fail_fails() -> None:
+    engine = GatedEngine()
+    batcher = Batcher(engine, loop=asyncio.get_running_loop(), on_run=lambda _: None)
+    first = batcher.submit(rows(1))
+    await entered(engine)
+    good, bad = batcher.submit(rows(2)), batcher.submit(rows(13))
+    engine.gate.release(4)
+    results = await asyncio.wait_for(asyncio.gather(first, good, return_exceptions=False), 10)
+    assert [len(result[0]) for result in results] == [1, 1]
+    with pytest.raises(UnfitModelError, match="thirteen"):
+        await asyncio.wait_for(bad, 10)
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_closing_answers_everything_that_was_accepted() -> None:
+    engine = GatedEngine()
+    batcher = Batcher(engine, loop=asyncio.get_running_loop(), on_run=lambda _: None, max_rows=1)
+    futures = [batcher.submit(rows(number)) for number in range(20, 40)]
+    futures[3].cancel()  # its client hung up
+    closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+    engine.gate.release(20)
+    await asyncio.wait_for(closing, 10)
+    answered = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 10)
+    assert [isinstance(answer, list) for answer in answered].count(False) == 1
