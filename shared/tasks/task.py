@@ -3,6 +3,27 @@
 A task says which data it needs (its contract), builds the network *including preprocessing* (so
 that serving cannot disagree with training), and measures in sums, so that results of many devices
 can be added. Sizes: ``b`` examples in a batch, ``n`` rows in a data set.
+
+A task of one's own is a module with a subclass of `Task`, installed on the coordinator and on each
+device, because only configuration travels, never code. Its task file, the same text everywhere,
+names it::
+
+    name = "two-moons"            # what runs, invitations and data are about
+    uses = "two_moons:TwoMoons"   # module:object, or an entry point of the group "shoal.tasks"
+    [options]                     # handed to `Task.from_options`
+    hidden = 16
+
+What the training side promises in return:
+
+- Inputs arrive as the contract's source gave them: features float32 (b, features) in the order of
+  the contract, pictures (b, channels, height, width) with pixels in [0, 255], converted to the
+  datatype of `Task.input`. Targets are class indices int64 (b,), or numbers float32 (b,).
+- The floating entries of the network's ``state_dict()`` travel and are averaged. Constants belong
+  into non-persistent buffers. Layers without running statistics (no BatchNorm) average best.
+- The network must survive ``torch.onnx.export`` with a dynamic batch: no branch on values.
+- What is random in the network draws from torch's global generator, which is seeded.
+
+The shortest whole example is tests/example_task/two_moons.py.
 """
 
 from abc import ABC, abstractmethod

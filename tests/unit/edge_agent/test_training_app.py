@@ -1,0 +1,262 @@
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.supercore.task_identity import TaskIdentity
+
+from edge_agent.data_registry import DataRegistry
+from edge_agent.local_data import LocalData, check_data
+from edge_agent.training import evaluate, train
+from edge_agent.training_app import app, build_client_app, device_seed, load_from_home
+from shared.errors import DataError
+from shared.parameters import Vector
+from shared.run_plan import TrainingPlan
+from shared.tasks.examples import Examples
+from shared.tasks.registry import load_task
+from shared.tasks.spec import TaskSpec
+from shared.tasks.task import seeded_model
+from shared.tasks.vectors import to_vector
+
+LINE = TaskSpec(
+    "line",
+    "tabular",
+    {
+        "kind": "regression",
+        "features": [{"name": "x", "minimum": -1, "maximum": 1}],
+        "target": "y",
+        "target_minimum": -5,
+        "target_maximum": 5,
+    },
+)
+START = np.array([0.0, 0.0], np.float32)
+PLAN = TrainingPlan(epochs=2, batch_size=8)
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):  # what Flower's processes know of themselves
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    x = np.linspace(-1, 1, 100)
+    rows = "\n".join(f"{value},{3 * value + 1}" for value in x)
+    (tmp_path / "line.csv").write_text(f"x,y\n{rows}\n")
+    entry = check_data("mine", tmp_path / "line.csv", LINE, now=datetime(2026, 11, 1, tzinfo=UTC))
+    DataRegistry(tmp_path).add(entry)
+    return tmp_path
+
+
+def context_of(home: Path, *, task: TaskSpec = LINE, data: str = "mine") -> Context:
+    return Context(
+        run_id=1,
+        node_id=2,
+        node_config={"home": str(home), "data": data},
+        state=RecordDict(),
+        run_config={"task": msgspec.json.encode(task).decode()},
+    )
+
+
+def train_message(parameters: Vector = START, *, min_examples: int = 1, round_: int = 1) -> Message:
+    plan = ConfigRecord(
+        {
+            "json": msgspec.json.encode(PLAN).decode(),
+            "round": round_,
+            "seed": 7,
+            "min_examples": min_examples,
+        }
+    )
+    content = RecordDict({"parameters": ArrayRecord([parameters]), "plan": plan})
+    return Message(content, 2, "train")
+
+
+def parameters_in(reply: Message) -> Vector:
+    assert reply.has_content(), reply.error
+    (vector,) = reply.content.array_records["parameters"].to_numpy_ndarrays()
+    return vector
+
+
+def test_a_train_message_is_answered_with_what_local_training_gives(home: Path) -> None:
+    reply = app(train_message(), context_of(home))
+
+    data = load_from_home(context_of(home))
+    update = train(data.task, START, data.train, PLAN, seed=device_seed(7, 1, data.digest))
+    np.testing.assert_array_equal(parameters_in(reply), update.parameters)
+    assert dict(reply.content.metric_records["metrics"]) == {
+        "examples": len(data.train),
+        **update.sums,
+    }
+
+
+def test_an_evaluate_message_is_answered_with_sums_over_the_held_out_rows(home: Path) -> None:
+    content = RecordDict({"parameters": ArrayRecord([START])})
+
+    reply = app(Message(content, 2, "evaluate"), context_of(home))
+
+    data = load_from_home(context_of(home))
+    metrics: MetricRecord = reply.content.metric_records["metrics"]
+    assert dict(metrics) == evaluate(data.task, START, data.held_out)
+    assert metrics["examples"] == len(data.held_out) > 0
+
+
+def test_the_reply_does_not_depend_on_where_the_data_lie(home: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "copy.csv").write_bytes((home / "line.csv").read_bytes())
+    entry = check_data("copy", elsewhere / "copy.csv", LINE, now=datetime(2026, 11, 1, tzinfo=UTC))
+    DataRegistry(elsewhere).add(entry)
+
+    here = app(train_message(), context_of(home))
+    there = app(train_message(), context_of(elsewhere, data="copy"))
+
+    np.testing.assert_array_equal(parameters_in(here), parameters_in(there))
+
+
+def test_each_round_device_and_run_draws_its_own_numbers() -> None:
+    seeds = {
+        device_seed(seed, round_number, digest)
+        for seed in range(3)
+        for round_number in range(3)
+        for digest in ("a", "b")
+    }
+
+    assert len(seeds) == 18
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_data_are_read_once_for_all_messages_of_a_run(home: Path) -> None:
+    first = load_from_home(context_of(home))
+    (home / "line.csv").unlink()
+
+    assert load_from_home(context_of(home)) is first
+
+
+def failure_of(reply: Message) -> str:
+    assert reply.has_error()
+    reason = reply.error.reason
+    assert reason is not None
+    assert "\n" not in reason
+    return reason
+
+
+def test_a_device_with_too_few_examples_says_how_many_it_has(home: Path) -> None:
+    reply = app(train_message(min_examples=1000), context_of(home))
+
+    assert "training examples, the run wants 1000" in failure_of(reply)
+
+
+def test_a_run_about_another_task_is_refused(home: Path) -> None:
+    other = TaskSpec("line", "tabular", {**LINE.options, "model": "mlp"})
+    unknown = TaskSpec("pumps", "os:system")
+
+    assert "were added for another form of it" in failure_of(
+        app(train_message(), context_of(home, task=other))
+    )
+    assert failure_of(app(train_message(), context_of(home, task=unknown))) == (
+        "no data for task 'pumps'"
+    )
+    assert "data 'yours' do not serve task 'line'" in failure_of(
+        app(train_message(), context_of(home, data="yours"))
+    )
+
+
+def test_data_that_broke_since_are_reported_without_telling_what_they_hold(home: Path) -> None:
+    (home / "line.csv").write_text("x,y\n1,secret\n")
+
+    reason = failure_of(app(train_message(), context_of(home)))
+
+    assert reason == (
+        "data 'mine' no longer fit their task; "
+        "the owner sees why with `shoal-agent data check mine`"
+    )
+
+
+def without_plan(message: Message) -> None:
+    del message.content["plan"]
+
+
+def with_another_plan(message: Message) -> None:
+    message.content.config_records["plan"]["json"] = '{"epoch": 3}'
+
+
+def without_parameters(message: Message) -> None:
+    del message.content["parameters"]
+
+
+def with_two_vectors(message: Message) -> None:
+    message.content["parameters"] = ArrayRecord([START, START])
+
+
+def with_doubles(message: Message) -> None:
+    message.content["parameters"] = ArrayRecord([START.astype(np.float64)])
+
+
+def with_another_network(message: Message) -> None:
+    message.content["parameters"] = ArrayRecord([np.zeros(3, np.float32)])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (without_plan, "training plan in the message does not fit: Object missing required field"),
+        (with_another_plan, "does not fit: Object contains unknown field `epoch`"),
+        (without_parameters, "holds no single vector of parameters"),
+        (with_two_vectors, "holds no single vector of parameters"),
+        (with_doubles, "holds parameters of type float64, not float32"),
+        (with_another_network, "do not fit a model of 2 parameters"),
+    ],
+)
+def test_a_message_that_breaks_the_schema_is_answered_with_the_reason(
+    home: Path, spoil: Callable[[Message], None], sentence: str
+) -> None:
+    message = train_message()
+    spoil(message)
+
+    assert sentence in failure_of(app(message, context_of(home)))
+
+
+def test_a_node_without_a_home_is_told_what_to_write(home: Path) -> None:
+    context = context_of(home)
+    context.node_config = {}
+
+    assert "names no home; give --node-config 'home=" in failure_of(app(train_message(), context))
+
+
+def test_training_that_is_told_to_stop_is_answered_with_that(home: Path) -> None:
+    stopping = build_client_app(load_from_home, should_stop=lambda: True)
+
+    assert "training was stopped after 0 examples" in failure_of(
+        stopping(train_message(), context_of(home))
+    )
+
+
+def test_a_simulation_may_bring_its_own_data() -> None:
+    task = load_task(LINE)
+    x = np.linspace(-1, 1, 50, dtype=np.float32)
+    examples = Examples(x[:, np.newaxis], 3 * x + 1)
+    client = build_client_app(lambda _: LocalData(task, examples, examples, examples.digest()))
+
+    reply = client(train_message(to_vector(seeded_model(task, 0))), context_of(Path("nowhere")))
+
+    assert parameters_in(reply).shape == (2,)
+
+
+def test_a_loader_that_finds_nothing_is_an_answer_too() -> None:
+    def load(_: Context) -> LocalData:
+        raise DataError("no data for task 'line'")
+
+    reply = build_client_app(load)(train_message(), context_of(Path("nowhere")))
+
+    assert failure_of(reply) == "no data for task 'line'"
