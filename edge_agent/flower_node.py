@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 import httpx
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.config import get_fab_config, get_fused_config_from_fab
@@ -392,8 +392,8 @@ def agree(
 
 
 def load_node_key(path: Path) -> EllipticCurvePrivateKey:
-    """Read the node key that enrolment made (PEM)."""
-    key = load_pem_private_key(path.read_bytes(), password=None)
+    """Read the node key that enrolment made, in the OpenSSH form that Flower itself reads."""
+    key = load_ssh_private_key(path.read_bytes(), password=None)
     if not isinstance(key, EllipticCurvePrivateKey):
         raise DataError(f"{path} holds no elliptic curve key; enrol this device again")
     return key
