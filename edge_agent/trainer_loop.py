@@ -30,6 +30,7 @@ from edge_agent.trainer_messages import (
 )
 from shared.child import ParentLink, die_with_parent
 from shared.errors import ShoalError, UnavailableError
+from shared.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 Say = Callable[[msgspec.Struct], None]
@@ -41,8 +42,7 @@ _POLL_S = 30.0  # nudges may get lost; messages should not
 def serve(app: App) -> NoReturn:
     """Be the trainer child for ``app``: speak with the parent until the end, then exit."""
     die_with_parent()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level="INFO")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure_logging("INFO")
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
     link: ParentLink[ToTrainer] = ParentLink(ToTrainer)
     signal.signal(signal.SIGTERM, lambda *_: link.incoming.put(None))

@@ -45,6 +45,7 @@ from cloud_coordinator.flower.superlink_messages import (
     UnregisterNode,
 )
 from shared.child import ParentLink, die_with_parent
+from shared.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
@@ -72,7 +73,7 @@ class _Server(uvicorn.Server):
 def main() -> None:
     """Serve until the parent closes the pipe or sends SIGTERM."""
     die_with_parent()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging("WARNING")
     logging.getLogger("flwr").setLevel(logging.WARNING)
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
     _require_quiet_flower()
