@@ -17,9 +17,11 @@ import numpy as np
 from rich.console import Console
 from rich.live import Live
 
-from edge_agent.data_commands import register_data
+from edge_agent.data_registry import DataRegistry
+from edge_agent.local_data import check_data
 from edge_agent.training import evaluate
 from shared.errors import UnavailableError
+from shared.messages import utc_now
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from shared.tasks.examples import Examples
 from shared.tasks.registry import load_task
@@ -127,7 +129,8 @@ class _Demo:
         path = self.fleet.home / "data" / f"{name}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, images=part.inputs, labels=part.targets)
-        register_data(self.fleet.agent_home(name), name="images", path=path, task=self.task)
+        entry = check_data("images", path, self.task, now=utc_now())
+        DataRegistry(self.fleet.agent_home(name)).add(entry)
 
     def _start_agents(self) -> None:
         for name in self.names:
@@ -156,6 +159,7 @@ class _Demo:
                 live.update(demo_view.rounds_table(run))
                 if run["state"] in _ENDED:
                     break
+        self.console.print()
         if run["state"] != "finished":
             raise UnavailableError(f"the run {run['state']}: {run['cause']}")
         return run  # type: ignore[no-any-return]  # a JSON document
@@ -187,7 +191,8 @@ class _Demo:
             for devices in polls:
                 live.update(demo_view.serving_table(devices, wanted))
                 if all((d["reported"] or {}).get("serving_version") == wanted for d in devices):
-                    return
+                    break
+        self.console.print()
 
     def _measure(self, version: Mapping[str, Any]) -> None:
         with self.console.status("sending the test images to every agent …"):
@@ -226,7 +231,7 @@ class _Demo:
     def _endpoint(self, name: str) -> str:
         home = str(self.fleet.agent_home(name))
         status = self.fleet.command("edge_agent", "status", "--home", home, "--json")
-        return str(msgspec.json.decode(status)["inference_address"])
+        return str(msgspec.json.decode(status)["inference_url"])
 
     def _devices(self) -> Sequence[Mapping[str, Any]]:
         devices: list[Mapping[str, Any]] = self.fleet.get("/v1/devices")
@@ -249,7 +254,7 @@ def _say_where(console: Console, fleet: LocalFleet) -> None:
     home, coordinator = fleet.home, fleet.coordinator_home
     console.print(
         f"logs      {home / 'logs'}, {coordinator / 'logs'}   (less …)\n"
-        f"database  {coordinator / 'shoal.db'}   (sqlite3 … 'select * from rounds')\n"
+        f"database  {coordinator / 'shoal.db'}   (SQLite; tables runs, rounds, devices …)\n"
         f"models    {coordinator / 'blobs'} and {home / 'agents'}/*/models\n"
         f"look      shoal model list --home {coordinator}, "
         f"shoal-agent status --home {home / 'agents' / 'agent-1'}"

@@ -33,19 +33,20 @@ def rounds_table(run: Mapping[str, Any]) -> Table:
 
 
 def variants_table(version: Mapping[str, Any]) -> Table:
-    """Show every variant of a model version with its parity and speed; the shipped one is marked."""
+    """Show every variant of a model version, its parity and speed; the shipped one is marked."""
     table = Table(title=f"Model version {version['version'][:12]}: every variant, one is shipped")
-    for column in ("variant", "bytes", "× smaller", "latency", "× slowest ok", "parity", ""):
+    for column in ("variant", "bytes", "× smaller", "latency", "× fastest", "parity", ""):
         table.add_column(column, justify="left" if column in {"variant", "parity", ""} else "right")
     full = next(v["size_bytes"] for v in version["variants"] if v["variant"] == "fp32")
     fastest = min(v["latency_p50_us"] for v in version["variants"] if v["passed"])
     for variant in version["variants"]:
+        latency = variant["latency_p50_us"]  # null where the variant never ran
         table.add_row(
             variant["variant"],
             f"{variant['size_bytes']:,}",
             f"{full / variant['size_bytes']:.2f}",
-            f"{variant['latency_p50_us']:.0f} µs",
-            f"{variant['latency_p50_us'] / fastest:.2f}",
+            f"{latency:.0f} µs" if latency else "-",
+            f"{latency / fastest:.2f}" if latency else "-",
             "passed" if variant["passed"] else f"failed: {variant['cause']}",
             "[bold green]shipped[/]" if variant["variant"] == version["ship"] else "",
         )
@@ -88,9 +89,8 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _describe(run: Mapping[str, Any]) -> str:
-    waiting = f", {run['waiting']}" if run.get("waiting") else ""
-    cause = f", {run['cause']}" if run.get("cause") else ""
-    return f"{run['state']}{waiting}{cause}"
+    words = (run["state"], run["doing"], run["cause"])
+    return ", ".join(word for word in words if word)
 
 
 def _round_row(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -188,7 +188,7 @@ class LocalFleet:
             method, self.api_url + path, json=body, headers={"Authorization": f"Bearer {token}"}
         )
         if answer.is_error:
-            raise UnavailableError(f"{method} {path}: {answer.json().get('error', answer.text)}")
+            raise UnavailableError(f"{method} {path}: {answer.status_code} {answer.text}")
         return answer.json()
 
     def _check_programs(self, what: str) -> None:

@@ -1,16 +1,22 @@
 """A client of the Open Inference Protocol v2 over HTTP with binary tensors, as small as it gets.
 
-The tests use NVIDIA's `tritonclient`; the demo uses this one so that it needs nothing beyond httpx.
+The tests use NVIDIA's `tritonclient`; the demo uses this one, on the standard library alone, so that
+its latencies are the server's and hardly the client's.
 """
 
+import http.client
 import json
+import socket
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
+
+from shared.errors import UnavailableError
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -19,9 +25,11 @@ class InferenceClient:
     """One served model at one address, such as ``http://127.0.0.1:8480``."""
 
     def __init__(self, address: str, model: str, *, timeout_s: float = 10.0) -> None:
-        self._http = httpx.Client(base_url=address, timeout=timeout_s)
+        self._http = http.client.HTTPConnection(urlsplit(address).netloc, timeout=timeout_s)
+        self._http.connect()
+        self._http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._path = f"/v2/models/{model}"
-        metadata = self._http.get(self._path).raise_for_status().json()
+        metadata = json.loads(self._exchange("GET", self._path)[1])
         self._input: str = metadata["inputs"][0]["name"]
         self.versions: list[str] = metadata["versions"]
 
@@ -52,14 +60,12 @@ class InferenceClient:
                 "parameters": {"binary_data_output": True},
             }
         ).encode()
-        answer = self._http.post(
-            f"{self._path}/infer",
-            content=header + body,
-            headers={_HEADER_LENGTH: str(len(header))},
-        ).raise_for_status()
-        length = int(answer.headers[_HEADER_LENGTH])
-        output = json.loads(answer.content[:length])["outputs"][0]
-        return np.frombuffer(answer.content[length:], "<f4").reshape(output["shape"])
+        answer, content = self._exchange(
+            "POST", f"{self._path}/infer", header + body, {_HEADER_LENGTH: str(len(header))}
+        )
+        length = int(answer[_HEADER_LENGTH])
+        output = json.loads(content[:length])["outputs"][0]
+        return np.frombuffer(content, "<f4", offset=length).reshape(output["shape"])
 
     def latencies_ms(self, one: NDArray[np.float32], *, requests: int) -> NDArray[np.float64]:
         """Send one input (1, …) again and again; return each request's milliseconds."""
@@ -69,3 +75,13 @@ class InferenceClient:
             self.infer(one)
             taken[index] = (time.perf_counter() - begin) * 1000
         return taken
+
+    def _exchange(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> tuple[Mapping[str, str], bytes]:
+        self._http.request(method, path, body, dict(headers or {}))
+        answer: Any = self._http.getresponse()
+        content: bytes = answer.read()
+        if answer.status != http.client.OK:
+            raise UnavailableError(f"{method} {path}: {answer.status} {content[:500]!r}")
+        return answer.headers, content

@@ -43,6 +43,4 @@ def dirichlet_partition(
         dealt = [np.sort(np.concatenate(part)) for part in parts]
         if min(len(rows) for rows in dealt) >= min_rows:
             return dealt
-    raise ValueError(
-        f"no Dirichlet({alpha}) draw gave each of {devices} devices {min_rows} rows"
-    )
+    raise ValueError(f"no Dirichlet({alpha}) draw gave each of {devices} devices {min_rows} rows")

@@ -276,5 +276,5 @@ def test_a_node_key_file_is_read_in_the_form_that_enrolment_writes(
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
     path = superlink.home / "node.pem"
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     assert public_pem(load_node_key(path)) == public_pem(key)

@@ -57,7 +57,7 @@ async def start(
 ) -> AsyncIterator[Start]:
     """Return a function that starts a trainer with the test's node key."""
     path = tmp_path / "node.pem"
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     trainers: list[Trainer] = []
 
     async def start_one(*, lease_s: float = 60.0) -> Trainer:
