@@ -1,5 +1,6 @@
 """The command ``shoal``: the service, and the operator's client of its REST API."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ from cloud_coordinator.commands.runs import runs
 from cloud_coordinator.settings import load_settings
 from shared.listening import require_loopback
 from shared.logs import configure_logging
+
+_CHATTY = ("alembic", "uvicorn")  # their INFO is not our story
 
 app = typer.Typer(
     help="Shoal's coordinator: trains models on a fleet and ships them back.",
@@ -65,6 +68,8 @@ def serve(
         log_level=log_level,
     )
     configure_logging(settings.log_level)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     # The service brings in FastAPI, SQLAlchemy and Alembic; the client's commands do without.
     from cloud_coordinator.serve import run_service  # noqa: PLC0415
 

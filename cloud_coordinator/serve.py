@@ -16,7 +16,6 @@ from shared.listening import require_free_port
 
 logger = logging.getLogger(__name__)
 
-_CHATTY = ("alembic", "uvicorn")  # their INFO is not our story
 _FAREWELL_S = 5  # for requests in flight
 _BACKLOG = 2048
 
@@ -27,8 +26,6 @@ def run_service(settings: Settings, parts: Parts | None = None) -> None:
     Raises:
         ShoalError: the service cannot be started, in one sentence.
     """
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
     chosen = choose_ports(settings)
     require_free_port(chosen.host, chosen.port, purpose="the API")
     coordinator = Coordinator(chosen, parts or Parts())
