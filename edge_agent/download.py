@@ -7,7 +7,6 @@ the finished file must have the digest that names it. There is at most one file 
 """
 
 import asyncio
-import errno
 import logging
 import os
 import random
@@ -21,7 +20,7 @@ from typing import BinaryIO
 import httpx
 
 from shared.errors import NotFoundError, UnavailableError, UntrustedModelError
-from shared.files import sha256_of
+from shared.files import explained_disk_errors, sha256_of
 from shared.manifest import MAX_MANIFEST_BYTES, Artifact
 from shared.messages import utc_now
 from shared.request_signing import signed_headers
@@ -106,11 +105,12 @@ class Downloader:
             UntrustedModelError: what came is not what the manifest describes; nothing is kept.
         """
         part = self._folder / f"{artifact.sha256}.part"
-        await asyncio.to_thread(self._clear_but, part)
-        if await self._complete(artifact, part):  # resumed: an old part may have been damaged
-            logger.warning("part of %s was damaged; starting again", artifact.sha256[:12])
-            _forget(part)
-            await self._complete(artifact, part)
+        with explained_disk_errors(self._folder):
+            await asyncio.to_thread(self._clear_but, part)
+            if await self._complete(artifact, part):  # resumed: an old part may have been damaged
+                logger.warning("part of %s was damaged; starting again", artifact.sha256[:12])
+                _forget(part)
+                await self._complete(artifact, part)
         return part
 
     async def _complete(self, artifact: Artifact, part: Path) -> bool:
@@ -167,9 +167,9 @@ class Downloader:
             resumed = response.status_code == 206
             with _open(part, append=resumed) as file:
                 await self._append(response, file, artifact.size_bytes - (have if resumed else 0))
-        except OSError as error:
-            _forget(part)
-            raise _explained(error, self._folder) from error
+        except OSError:
+            _forget(part)  # a full disk needs the space more
+            raise
         finally:
             await response.aclose()
 
@@ -293,9 +293,3 @@ def _require_space(folder: Path, wanted_bytes: int) -> None:
             f"the model needs {wanted_bytes + RESERVE_BYTES} bytes on the disk that holds "
             f"{folder}, and {free} are free; free some space"
         )
-
-
-def _explained(error: OSError, folder: Path) -> UnavailableError:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return UnavailableError(f"no space left on the disk that holds {folder}; free some space")
-    return UnavailableError(f"cannot write to {folder}: {error.strerror}; check the disk")

@@ -24,7 +24,7 @@ from typing import Literal
 import msgspec
 
 from shared.errors import UntrustedModelError
-from shared.files import sha256_of, sync_directory, write_atomic
+from shared.files import explained_disk_errors, sha256_of, sync_directory, write_atomic
 from shared.manifest import Manifest, SignedManifest, open_manifest
 from shared.signing import VerifyingKey
 
@@ -90,13 +90,14 @@ class Slots:
             UnavailableError: the disk is full.
         """
         slot = self.spare
-        self._point(_Pointer(self._pointer().current, None))
-        _clear(slot)
-        for torn in self.folder.glob(f".{self._pointer_path.name}.*"):  # writes that a crash cut
-            torn.unlink()
-        model.replace(slot / MODEL)
-        sync_directory(slot)
-        write_atomic(slot / MANIFEST, sealed)
+        with explained_disk_errors(self.folder):
+            self._point(_Pointer(self._pointer().current, None))
+            _clear(slot)
+            for torn in self.folder.glob(f".{self._pointer_path.name}.*"):  # cut by a crash
+                torn.unlink()
+            model.replace(slot / MODEL)
+            sync_directory(slot)
+            write_atomic(slot / MANIFEST, sealed)
         return slot
 
     def switch(self, slot: Path) -> None:
@@ -108,14 +109,16 @@ class Slots:
         pointer = self._pointer()
         name: SlotName = "a" if slot.name == "a" else "b"
         if pointer.current != name:
-            self._point(_Pointer(name, pointer.current))
+            with explained_disk_errors(self.folder):
+                self._point(_Pointer(name, pointer.current))
 
     def discard(self, slot: Path) -> None:
         """Empty a slot whose content cannot be trusted; never the current one."""
         if slot == self.current:
             raise ValueError(f"{slot} is being served")
-        self._point(_Pointer(self._pointer().current, None))
-        _clear(slot)
+        with explained_disk_errors(self.folder):
+            self._point(_Pointer(self._pointer().current, None))
+            _clear(slot)
 
     def _pointer(self) -> _Pointer:
         try:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from shared.errors import UnavailableError
@@ -28,7 +29,7 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
             os.fsync(file.fileno())
         Path(temporary).replace(path)
     except OSError as error:
-        _refuse_full_disk(error, path)
+        _refuse_full_disk(error, path.parent)
         raise
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -39,6 +40,18 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 def write_private(path: Path, content: bytes) -> None:
     """As ``write_atomic``, readable by the owner alone."""
     write_atomic(path, content, mode=0o600)
+
+
+@contextlib.contextmanager
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the disk under ``folder`` refuses in this block into an UnavailableError."""
+    try:
+        yield
+    except OSError as error:
+        _refuse_full_disk(error, folder)
+        raise UnavailableError(
+            f"cannot write to {folder}: {error.strerror}; check the disk and its permissions"
+        ) from error
 
 
 def sync_directory(directory: Path) -> None:
@@ -59,8 +72,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_full_disk(error: OSError, path: Path) -> None:
+def _refuse_full_disk(error: OSError, folder: Path) -> None:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         raise UnavailableError(
-            f"no space left on the disk that holds {path.parent}; free some and try again"
+            f"no space left on the disk that holds {folder}; free some and try again"
         ) from error

@@ -1,0 +1,345 @@
+"""A device's way to a model version, with real downloads, self-tests and a real server."""
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from edge_agent.deployment import Deployment
+from edge_agent.download import Downloader, Patience
+from edge_agent.inference.messages import SelfTestResult
+from edge_agent.inference.supervisor import InferenceServer
+from edge_agent.slots import MODEL
+from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
+from shared.manifest import sign_manifest
+from shared.messages import DeploymentState
+from shared.signing import SigningKey
+from tests.integration.inference.conftest import RNG, running
+from tests.integration.inference.tiny_models import (
+    TRUSTED,
+    Version,
+    endless,
+    linear,
+    not_finite,
+)
+
+KEY = SigningKey.generate()
+
+
+class Repository:
+    """The coordinator's two routes, in memory; counts what was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifests: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        folder.mkdir()
+        self.app = Starlette(
+            routes=[
+                Route("/v1/models/{version}/manifest", self._manifest),
+                Route("/v1/artifacts/{sha256}", self._artifact),
+            ]
+        )
+
+    def publish(self, version: Version) -> str:
+        self.manifests[version.digest] = version.signed.sealed
+        (self.folder / version.artifact.sha256).write_bytes(version.content)
+        return version.digest
+
+    async def _manifest(self, request: Request) -> Response:
+        self.asked.append("manifest")
+        sealed = self.manifests.get(request.path_params["version"])
+        return JSONResponse({}, 404) if sealed is None else Response(sealed)
+
+    async def _artifact(self, request: Request) -> Response:
+        self.asked.append("artifact")
+        return FileResponse(self.folder / request.path_params["sha256"])
+
+
+class Device:
+    """One agent's deployment parts over its home."""
+
+    def __init__(self, home: Path, repository: Repository, server: InferenceServer) -> None:
+        self.server = server
+        self.told: list[tuple[str, str]] = []
+        transport = httpx.ASGITransport(repository.app)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://coordinator")
+        patience = Patience(attempts=2, first_delay_s=0.001)
+        fetch = Downloader(
+            home, self.client, device="device-1", key=KEY, rng=RNG, patience=patience
+        )
+        self.deployment = Deployment(home, TRUSTED, server, fetch, self._report)
+
+    async def _report(self, state: DeploymentState, cause: str) -> None:
+        self.told.append((state.value, cause))
+
+    @property
+    def states(self) -> list[str]:
+        return [state for state, _ in self.told]
+
+    def serves(self, version: Version) -> bool:
+        """Whether server, pointer and HTTP agree on ``version``."""
+        current = self.deployment.current()
+        return (
+            self.server.serving.version == version.digest
+            and current is not None
+            and current.version == version.digest
+        )
+
+
+class Scene(NamedTuple):
+    """A device, and the repository that it downloads from."""
+
+    device: Device
+    repository: Repository
+    home: Path
+
+    @property
+    def deployment(self) -> Deployment:
+        return self.device.deployment
+
+
+@contextlib.asynccontextmanager
+async def device_at(home: Path, repository: Repository) -> AsyncIterator[Device]:
+    async with running(InferenceServer(home, "127.0.0.1", 0, rng=RNG)) as server:
+        device = Device(home, repository, server)
+        async with device.client:
+            yield device
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    repository = Repository(tmp_path / "repository")
+    home = tmp_path / "home"
+    async with device_at(home, repository) as device:
+        yield Scene(device, repository, home)
+
+
+ON_THE_WAY = ["downloading", "testing", "activating"]
+
+
+async def test_a_version_is_fetched_tried_and_served(scene: Scene) -> None:
+    version = linear(1)
+    await scene.deployment.converge(scene.repository.publish(version))
+    assert scene.device.serves(version)
+    assert scene.device.states == [*ON_THE_WAY, "serving"]
+    assert scene.device.server.serving.artifact == version.artifact.sha256
+    manifest = version.signed.manifest
+    current = scene.deployment.current()
+    assert current is not None
+    assert current.manifest.lineage == manifest.lineage
+    assert current.manifest.created_at == manifest.created_at
+
+    await scene.deployment.converge(version.digest)  # again: nothing to do
+    assert scene.repository.asked == ["manifest", "artifact"]
+    assert scene.device.states == [*ON_THE_WAY, "serving", "serving"]
+
+
+async def test_going_back_to_the_version_before_needs_no_network(scene: Scene) -> None:
+    old, new = linear(1), linear(2)
+    for version in (old, new):
+        await scene.deployment.converge(scene.repository.publish(version))
+    scene.repository.asked.clear()
+    await scene.deployment.converge(old.digest)
+    assert scene.device.serves(old)
+    assert scene.repository.asked == []
+    downloads = scene.home / "models" / "downloads"
+    assert list(downloads.iterdir()) == []
+
+
+async def refused(scene: Scene, version: Version, kind: type[Exception], complaint: str) -> None:
+    """Converge to a bad version, and check that it was refused with the good one served."""
+    scene.device.told.clear()
+    with pytest.raises(kind, match=complaint) as caught:
+        await scene.deployment.converge(version.digest)
+    assert scene.device.serves(linear(1))
+    assert scene.device.told[-1] == ("failed", str(caught.value))
+
+
+async def test_whatever_is_wrong_with_a_version_the_old_one_goes_on(scene: Scene) -> None:
+    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    new = linear(2)
+
+    await refused(scene, new, NotFoundError, "the coordinator has no")
+
+    stranger = sign_manifest(new.signed.manifest, SigningKey.generate())
+    scene.repository.manifests[new.digest] = stranger.sealed
+    await refused(scene, new, UntrustedModelError, "signed by no key that is trusted here")
+
+    scene.repository.manifests[new.digest] = linear(3).signed.sealed
+    await refused(scene, new, UntrustedModelError, "asked for version")
+
+    scene.repository.publish(new)
+    file = scene.repository.folder / new.artifact.sha256
+    file.write_bytes(new.content[:-1] + b"?")
+    await refused(scene, new, UntrustedModelError, "the download has digest")
+    file.write_bytes(new.content + b"?")
+    await refused(scene, new, UntrustedModelError, "more than the size")
+    file.write_bytes(new.content[:-1])
+    await refused(scene, new, UnavailableError, "cannot download")
+
+    bad = not_finite()
+    scene.repository.publish(bad)
+    await refused(scene, bad, UnfitModelError, "holds NaN")
+    assert scene.deployment.state is DeploymentState.FAILED
+
+    scene.device.told.clear()
+    scene.repository.publish(new)
+    await scene.deployment.converge(new.digest)  # and a good one still comes through
+    assert scene.device.serves(new)
+
+
+async def test_a_model_that_passes_its_test_and_fails_in_the_server_is_refused(
+    scene: Scene,
+) -> None:
+    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    bad = not_finite()
+    scene.repository.publish(bad)
+
+    async def lenient(_slot: Path) -> SelfTestResult:
+        return SelfTestResult(
+            version=bad.digest,
+            artifact=bad.artifact.sha256,
+            provider="",
+            load_ms=0,
+            p50_ms=0,
+            largest_difference=0,
+            peak_memory_bytes=0,
+        )
+
+    scene.deployment._self_test = lenient
+    await refused(scene, bad, UnfitModelError, "holds NaN")
+    assert scene.device.states == [*ON_THE_WAY, "failed"]
+
+
+async def test_a_full_disk_is_reported_and_changes_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    scene.repository.publish(linear(2))
+    fsync, left = os.fsync, [0]
+
+    def fail_later(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    steps = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail_later)
+        while scene.device.serves(linear(1)):
+            left[0] = steps
+            steps += 1
+            with contextlib.suppress(UnavailableError):
+                await scene.deployment.converge(linear(2).digest)
+                break
+            assert scene.device.told[-1][0] == "failed"
+            assert "free some" in scene.device.told[-1][1]
+    assert steps > 3  # the download, both files of the slot, and the pointer each failed once
+    assert scene.device.serves(linear(2))
+
+
+async def test_a_restarted_device_serves_what_it_served(tmp_path: Path) -> None:
+    repository, home = Repository(tmp_path / "repository"), tmp_path / "home"
+    async with device_at(home, repository) as device:
+        await device.deployment.restore()
+        assert device.told == []  # nothing was ever deployed
+        for seed in (1, 2):
+            await device.deployment.converge(repository.publish(linear(seed)))
+    async with device_at(home, repository) as device:
+        await device.deployment.restore()
+        assert device.serves(linear(2))
+        assert device.states == ["activating", "serving"]
+        slot = device.deployment.slots.current
+    assert slot is not None
+    (slot / MODEL).write_bytes(b"a bad sector")
+    async with device_at(home, repository) as device:
+        await device.deployment.restore()  # the one before is better than none
+        assert device.serves(linear(1))
+        await device.deployment.converge(linear(2).digest)
+        assert device.serves(linear(2))
+
+
+async def test_a_device_whose_slots_are_both_damaged_reports_it_and_recovers(
+    tmp_path: Path,
+) -> None:
+    repository, home = Repository(tmp_path / "repository"), tmp_path / "home"
+    async with device_at(home, repository) as device:
+        for seed in (1, 2):
+            await device.deployment.converge(repository.publish(linear(seed)))
+    for name in "ab":
+        (home / "models" / name / MODEL).unlink()
+    async with device_at(home, repository) as device:
+        await device.deployment.restore()
+        assert device.states == ["activating", "failed"]
+        assert device.told[-1][1].count("cannot read") == 2
+        await device.deployment.converge(linear(2).digest)
+        assert device.serves(linear(2))
+
+
+async def test_a_newer_wish_cancels_the_one_before(scene: Scene) -> None:
+    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    slow = endless()
+    scene.repository.publish(slow)
+    testing = asyncio.Event()
+    report = scene.deployment._report
+
+    async def watch(state: DeploymentState, cause: str) -> None:
+        await report(state, cause)
+        if state is DeploymentState.TESTING:
+            testing.set()
+
+    scene.deployment._report = watch
+    first: asyncio.Task[Any] = asyncio.create_task(scene.deployment.converge(slow.digest))
+    await asyncio.wait_for(testing.wait(), 20)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert scene.device.serves(linear(1))
+    await scene.deployment.converge(scene.repository.publish(linear(2)))
+    assert scene.device.serves(linear(2))
+
+
+async def test_cancelling_an_activation_leaves_server_and_pointer_agreed(scene: Scene) -> None:
+    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    activate, entered = scene.device.server.activate, asyncio.Event()
+
+    async def watched(slot: Path) -> None:
+        entered.set()
+        await activate(slot)
+
+    scene.device.server.activate = watched  # type: ignore[method-assign]
+    task: asyncio.Task[Any] = asyncio.create_task(
+        scene.deployment.converge(scene.repository.publish(linear(2)))
+    )
+    await asyncio.wait_for(entered.wait(), 20)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert scene.device.serves(linear(2))
+
+
+async def test_a_staged_version_is_not_fetched_again_after_a_crash(tmp_path: Path) -> None:
+    repository, home = Repository(tmp_path / "repository"), tmp_path / "home"
+    async with device_at(home, repository) as device:
+        await device.deployment.converge(repository.publish(linear(1)))
+        (home / "download").write_bytes(linear(2).content)
+        device.deployment.slots.stage(linear(2).signed.sealed, home / "download")
+    repository.asked.clear()
+    async with device_at(home, repository) as device:
+        await device.deployment.restore()
+        assert device.serves(linear(1))
+        await device.deployment.converge(linear(2).digest)
+        assert device.serves(linear(2))
+        assert repository.asked == []
