@@ -92,7 +92,7 @@ class ControlLink:
         self._receive = receive
         self._now = now
         self._rng = rng
-        self._epoch: str | None = None
+        self._coordinators_greeting: str | None = None  # id of its latest presence message
         self._unsent: deque[tuple[datetime, Outgoing]] = deque(maxlen=_MAX_UNSENT)
         self._repeating = asyncio.Lock()
         self._greet_again = asyncio.Event()
@@ -192,15 +192,21 @@ class ControlLink:
         match envelope.body:
             case Ack(ids=ids):
                 self._outbox.acknowledge(ids)
-            case CoordinatorPresence(state="ready", epoch=epoch) if epoch != self._epoch:
-                self._epoch = epoch
-                self._greet_again.set()
-            case CoordinatorPresence():
-                pass
+            case CoordinatorPresence(state=state):
+                self._notice_coordinator(state, envelope.id)
             case Notice(kind="restarting", window_s=window_s):
                 self._session.next_connect_within(window_s)
             case _:
                 await self._receive(envelope)
+
+    def _notice_coordinator(self, state: str, message_id: str) -> None:
+        """Greet a coordinator that connected after us: what we said before may not have reached it.
+
+        It says "ready" anew whenever it connects; the broker repeats that to us unchanged.
+        """
+        if state == "ready" and message_id != self._coordinators_greeting:
+            self._coordinators_greeting = message_id
+            self._greet_again.set()
 
     def _check(self, topic: str, sealed: bytes) -> Envelope:
         """Return the message; raise PeerError unless the coordinator said it, to us, here."""
