@@ -4,6 +4,7 @@ The same parameters, examples, plan and seed give the same update, whoever calls
 trained before. Threads and devices are the caller's choice.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,6 @@ from shared.tasks.task import Task
 from shared.tasks.vectors import load_vector, to_vector
 
 _EVALUATION_BATCH = 512
-_DTYPES = {
-    "FP32": torch.float32,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "UINT8": torch.uint8,
-}  # the datatypes of the Open Inference Protocol that a task's input may have
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,13 +73,17 @@ def train(
                 raise StoppedError(f"training was stopped after {seen} examples")
             inputs, targets = _tensors(task, examples.take(rows), device)
             loss = task.loss(model(inputs), targets)
-            loss_sum += _finite(float(loss.detach()), seen, plan) * len(targets)
+            mean_loss = float(loss.detach())
+            if not math.isfinite(mean_loss):
+                raise _diverged(seen, plan)
+            loss_sum += mean_loss * len(targets)
             seen += len(targets)
             model.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             step()
         trained = to_vector(model)
-    _finite(float(np.abs(trained).sum()), seen, plan)
+    if not np.isfinite(trained).all():
+        raise _diverged(seen, plan)
     return Update(trained, len(examples), {"seen": float(seen), "loss_sum": loss_sum})
 
 
@@ -156,6 +155,8 @@ def _build(task: Task, parameters: Vector, device: str) -> nn.Module:
     with _own_randomness(0, device):  # weights are drawn only to be replaced
         model = task.build_model()
     load_vector(model, parameters)
+    if _has_pictures(task):  # convolutions take two thirds of the time with channels last
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)
 
 
@@ -168,17 +169,19 @@ def _batches(rows: int, plan: TrainingPlan, rng: np.random.Generator) -> Iterato
 
 
 def _tensors(task: Task, batch: Examples, device: str) -> tuple[Tensor, Tensor]:
-    """Return raw inputs in the type that the network takes, and targets."""
-    inputs = torch.tensor(batch.inputs).to(device, _DTYPES[task.input.datatype])
-    if inputs.ndim == 4:  # pictures: convolutions are faster with channels last
+    """Return raw inputs as the network takes them, float32, and targets."""
+    inputs = torch.tensor(batch.inputs).to(device, torch.float32)
+    if _has_pictures(task):
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     return inputs, torch.tensor(batch.targets).to(device)
 
 
-def _finite(value: float, seen: int, plan: TrainingPlan) -> float:
-    if not np.isfinite(value):
-        raise ConfigError(
-            f"training diverged after {seen} examples; "
-            f"lower training.learning_rate (now {plan.learning_rate:g})"
-        )
-    return value
+def _has_pictures(task: Task) -> bool:
+    return len(task.input.shape) == 4
+
+
+def _diverged(seen: int, plan: TrainingPlan) -> ConfigError:
+    return ConfigError(
+        f"training diverged after {seen} examples; "
+        f"lower training.learning_rate (now {plan.learning_rate:g})"
+    )

@@ -80,7 +80,7 @@ def build_client_app(
 
 def _train(message: Message, data: LocalData, should_stop: Callable[[], bool]) -> RecordDict:
     request, plan = _request_in(message.content)
-    if len(data.train) < request.min_examples:
+    if len(data.train) < max(1, request.min_examples):
         raise DataError(
             f"this device has {len(data.train)} training examples, "
             f"the run wants {request.min_examples}"

@@ -15,9 +15,9 @@ names it::
 
 What the training side promises in return:
 
-- Inputs arrive as the contract's source gave them: features float32 (b, features) in the order of
-  the contract, pictures (b, channels, height, width) with pixels in [0, 255], converted to the
-  datatype of `Task.input`. Targets are class indices int64 (b,), or numbers float32 (b,).
+- Inputs arrive in float32 (`Task.input` is FP32) as the contract's source gave them: features
+  (b, features) in the contract's order, pictures (b, channels, height, width) with pixels in
+  [0, 255]. Targets are class indices int64 (b,), or numbers float32 (b,).
 - The floating entries of the network's ``state_dict()`` travel and are averaged. Constants belong
   into non-persistent buffers. Layers without running statistics (no BatchNorm) average best.
 - The network must survive ``torch.onnx.export`` with a dynamic batch: no branch on values.
