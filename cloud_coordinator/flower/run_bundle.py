@@ -8,6 +8,8 @@ import hashlib
 import io
 import uuid
 import zipfile
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 from flwr.supercore.fab import Fab
@@ -17,11 +19,24 @@ from shared.tasks.spec import TaskSpec
 CLIENT_APP = "edge_agent.training_app:app"
 _PROJECT_FILE = "pyproject.toml"
 # Flower demands a server app but does not start it: the run's worker plays that part.
-_SERVER_APP = "cloud_coordinator.rounds.training_rounds:app"
+SERVER_APP = "cloud_coordinator.rounds.training_rounds:app"
 
 
-def run_bundle(task: TaskSpec, *, client_app: str = CLIENT_APP) -> Fab:
-    """Return a bundle that no other run has, so that its hash names the run's task."""
+def run_bundle(
+    task: TaskSpec,
+    *,
+    client_app: str = CLIENT_APP,
+    server_app: str = SERVER_APP,
+    config: Mapping[str, str] = MappingProxyType({}),
+) -> Fab:
+    """Return a bundle that no other run has, so that its hash names the run's task.
+
+    Args:
+        task: becomes the run configuration ``task``.
+        client_app: the installed app that SuperNodes run.
+        server_app: the installed app that stock Flower would run.
+        config: more of the run configuration.
+    """
     document = {
         "project": {
             "name": "shoal-run",
@@ -34,10 +49,11 @@ def run_bundle(task: TaskSpec, *, client_app: str = CLIENT_APP) -> Fab:
             "flwr": {
                 "app": {
                     "publisher": "shoal",
-                    "components": {"serverapp": _SERVER_APP, "clientapp": client_app},
+                    "components": {"serverapp": server_app, "clientapp": client_app},
                     "config": {
                         "task": msgspec.json.encode(task).decode(),
                         "session": uuid.uuid4().hex,
+                        **config,
                     },
                 }
             }

@@ -1,0 +1,1 @@
+"""Measurements beside their references, made in the same run on the same machine."""
