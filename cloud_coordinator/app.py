@@ -169,6 +169,7 @@ class Coordinator:
             async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as jobs:
                 for supervisor in self.supervisors:
                     await supervisor.start()
+                    jobs.push_async_callback(supervisor.stop)
                     await jobs.enter_async_context(_job(group, supervisor.name, supervisor.run()))
                 await jobs.enter_async_context(_job(group, "control-link", self.link.run()))
                 jobs.push_async_callback(self.link.say_goodbye, _RESTART_WINDOW_S)

@@ -66,7 +66,7 @@ def back_off_s(failures: int, rng: random.Random) -> float:
 
 
 class Supervisor(Generic[H]):
-    """Owns one child. `start` it once, then let `run` keep it alive."""
+    """Owns one child. `start` it once, let `run` keep it alive, and `stop` it in the end."""
 
     def __init__(
         self,
@@ -89,20 +89,21 @@ class Supervisor(Generic[H]):
         await self._begin()
 
     async def run(self) -> None:
-        """Keep the child alive until cancelled, which ends it."""
-        try:
-            failures = 0
-            while True:
-                failures = await self._outlive(failures)
-                await asyncio.sleep(back_off_s(failures, self._rng))
-                try:
-                    await self._begin()
-                except ShoalError as error:
-                    logger.warning("%s does not start: %s", self.name, error)
-                    self._note("backing-off", cause=str(error))
-        finally:
-            if self._life is not None:
-                await self._life.handle.stop()
+        """Keep the child alive until cancelled; then `stop` it."""
+        failures = 0
+        while True:
+            failures = await self._outlive(failures)
+            await asyncio.sleep(back_off_s(failures, self._rng))
+            try:
+                await self._begin()
+            except ShoalError as error:
+                logger.warning("%s does not start: %s", self.name, error)
+                self._note("backing-off", cause=str(error))
+
+    async def stop(self) -> None:
+        """End the child, if there is one; only while nobody is in `run`."""
+        if self._life is not None:
+            await self._life.handle.stop()
 
     async def up(self) -> Life[H]:
         """Wait until the child runs and return this life."""

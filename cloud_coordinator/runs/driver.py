@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
-from cloud_coordinator.rounds.worker_messages import ResumePoint
 from cloud_coordinator.runs.lifecycle import RunEvent, RunState
 from cloud_coordinator.runs.progress import Progress
 from cloud_coordinator.runs.session import RunSession, SessionParts, SuperLinkHandle
@@ -164,7 +163,9 @@ class RunDriver:
         self._note_export()
         start = await asyncio.to_thread(records.starting_point, self.run_id)
         assert start.resume is not None  # rounds were committed, or this state was not reached
-        version = await self._unless_stopped(self._build(start.resume))
+        version = await self._unless_stopped(
+            self._build(start.resume.parameters_sha256, start.rounds_committed)
+        )
         if version is None:
             await self._move(RunEvent.STOP_ASKED, cause=self._stop.result())
             return
@@ -172,15 +173,15 @@ class RunDriver:
             await self._parts.rollouts.deploy(task_name=self._plan.task.name, model_version=version)
         await self._move(RunEvent.MODEL_BUILT, model_version=version)
 
-    async def _build(self, last: ResumePoint) -> str:
+    async def _build(self, parameters_sha256: str, rounds: int) -> str:
         """Build the model version; what is merely away now is tried again a few times."""
         for attempt in itertools.count(1):
             try:
                 return await self._parts.models.build_version(
                     run_id=self.run_id,
                     plan=self._plan,
-                    parameters_sha256=last.parameters_sha256,
-                    rounds=last.round_number,
+                    parameters_sha256=parameters_sha256,
+                    rounds=rounds,
                     say=self._note_export,
                 )
             except UnavailableError as error:

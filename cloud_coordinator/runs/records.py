@@ -31,6 +31,7 @@ class StartingPoint:
 
     resume: ResumePoint | None
     next_round: int
+    rounds_committed: int  # without round 0, which trains nothing
     times_selected: dict[str, int]
 
 
@@ -160,22 +161,19 @@ class RunRecords:
     def starting_point(self, run_id: str) -> StartingPoint:
         """Return the last committed round and what else a new session must know."""
         with self._database.transaction() as session:
-            last = session.scalars(
-                select(RoundRow)
-                .where(RoundRow.run_id == run_id, RoundRow.state == COMMITTED)
-                .order_by(RoundRow.round_number.desc())
-            ).first()
-            highest = session.scalar(
-                select(func.max(RoundRow.round_number)).where(RoundRow.run_id == run_id)
-            )
+            rounds = session.scalars(
+                select(RoundRow).where(RoundRow.run_id == run_id).order_by(RoundRow.round_number)
+            ).all()
             selected = session.execute(
                 select(ParticipationRow.device_id, func.count())
                 .where(ParticipationRow.run_id == run_id, ParticipationRow.round_number > 0)
                 .group_by(ParticipationRow.device_id)
             ).all()
+        committed = [row for row in rounds if row.state == COMMITTED]
         return StartingPoint(
-            resume=_resume_point(last),
-            next_round=(highest or 0) + 1,
+            resume=_resume_point(committed[-1]) if committed else None,
+            next_round=rounds[-1].round_number + 1 if rounds else 1,
+            rounds_committed=sum(row.round_number > 0 for row in committed),
             times_selected=dict(row.tuple() for row in selected),
         )
 
@@ -235,9 +233,7 @@ def _round_row(run_id: str, record: RoundRecord) -> RoundRow:
     )
 
 
-def _resume_point(row: RoundRow | None) -> ResumePoint | None:
-    if row is None:
-        return None
+def _resume_point(row: RoundRow) -> ResumePoint:
     assert row.parameters_sha256 is not None  # committed rounds have parameters
     return ResumePoint(
         round_number=row.round_number,
