@@ -15,6 +15,7 @@ from shared.tasks.examples import Examples
 from shared.tasks.intake import NOT_A_LABEL, SkippedRows
 
 _Check = tuple[str, NDArray[np.bool_]]
+_REAL = "iuf"  # the kinds of dtype that are whole or real numbers
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -80,7 +81,7 @@ def _as_images(path: Path, inputs: NDArray[Any], shape: ImageShape) -> NDArray[A
 
 def _feature_checks(path: Path, inputs: NDArray[Any], contract: DataContract) -> Iterator[_Check]:
     wanted = len(contract.features)
-    if inputs.shape[1:] != (wanted,) or not np.issubdtype(inputs.dtype, np.number):
+    if inputs.shape[1:] != (wanted,) or inputs.dtype.kind not in _REAL:
         raise DataError(
             f"{path} holds inputs of type {inputs.dtype} and shape {inputs.shape[1:]} where the "
             f"contract has {wanted} numeric features; store one column for each"
@@ -104,8 +105,7 @@ def _as_targets(
     path: Path, targets: NDArray[Any], contract: DataContract
 ) -> tuple[NDArray[Any], list[_Check]]:
     """Return targets as numbers, and what is wrong with which."""
-    numeric = np.issubdtype(targets.dtype, np.number)
-    if targets.ndim == 1 and not contract.labels and numeric:
+    if targets.ndim == 1 and not contract.labels and targets.dtype.kind in _REAL:
         low, high = contract.target_minimum, contract.target_maximum
         return targets, list(_range_checks(f"target {contract.target!r}", targets, low, high))
     if targets.ndim == 1 and contract.labels and np.issubdtype(targets.dtype, np.integer):
