@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from onnxruntime.capi.onnxruntime_inference_collection import InferenceSession
 
-from cloud_coordinator.models.pipeline_messages import VariantReport
-from cloud_coordinator.models.quantise import FP32
+from cloud_coordinator.models.pipeline_messages import FP32, VariantReport
 from shared.errors import UnfitModelError
 
 MIN_AGREEMENT = 0.98  # of the rows that torch decides with a margin

@@ -38,6 +38,7 @@ from cloud_coordinator.models.pipeline_messages import (
     VariantReport,
 )
 from cloud_coordinator.models.quantise import VARIANTS, Variant
+from cloud_coordinator.models.trial import try_out, write_array
 from shared.child import ParentLink, die_with_parent
 from shared.errors import ShoalError, UnfitModelError, UntrustedModelError
 from shared.files import write_atomic
@@ -61,7 +62,7 @@ Say = Callable[[str], None]
 class _Batch:
     """What all variants are compared on."""
 
-    inputs: Outputs  # (b, …), drawn from the contract
+    inputs: Path  # .npy file of shape (b, …), drawn from the contract
     truth: Outputs  # (b, …), by torch
     classes: bool  # the columns of the truth compete
 
@@ -91,11 +92,13 @@ def build(order: BuildVersion, *, say: Say, clock: Callable[[], float]) -> Built
     say("exporting to ONNX")
     model = trained.to_onnx(np.random.default_rng(order.seed))
     inputs = _draw(task, order.seed, max(8, min(_PARITY_ROWS, _PARITY_BYTES // _row_bytes(task))))
-    batch = _Batch(inputs, trained.outputs(inputs), classes=bool(task.labels))
+    folder = Path(order.folder)
+    batch = _Batch(folder / "inputs.npy", trained.outputs(inputs), classes=bool(task.labels))
+    write_array(batch.inputs, inputs)
     candidates = {}
     for variant in VARIANTS:
         say(f"building and checking {variant.name}")
-        candidates[variant.name] = _examine(variant, model, Path(order.folder), batch)
+        candidates[variant.name] = _examine(variant, model, folder, batch)
     say("measuring latencies")
     reports = _time(list(candidates.values()), inputs[:1], clock)
     try:
@@ -121,26 +124,27 @@ def _examine(
     folder: Path,
     batch: _Batch,
 ) -> _Candidate:
-    """Build one variant and compare it with torch; write its file if it passes."""
+    """Build one variant, write its file and compare it with torch."""
     report = VariantReport(variant=variant.name, passed=False)
+    path = folder / f"{variant.name}.onnx"
     try:
         content = _convert(variant, model)
+        write_atomic(path, content)
         report = msgspec.structs.replace(
             report,
             size_bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             session_config=dict(variant.session_config),
         )
-        session = open_session(content, variant.session_config)
-        parity = compare(run(session, batch.inputs), batch.truth, classes=batch.classes)
+        outputs = try_out(path, variant.session_config, batch.inputs)
+        parity = compare(outputs, batch.truth, classes=batch.classes)
     except UnfitModelError as error:
         return _Candidate(msgspec.structs.replace(report, cause=str(error)))
-    report = msgspec.structs.replace(report, **asdict(parity))
-    if cause := objection(parity, max_relative_error=variant.max_relative_error):
-        return _Candidate(msgspec.structs.replace(report, cause=cause), session)
-    file = f"{variant.name}.onnx"
-    write_atomic(folder / file, content)
-    return _Candidate(msgspec.structs.replace(report, passed=True, file=file), session)
+    cause = objection(parity, max_relative_error=variant.max_relative_error)
+    report = msgspec.structs.replace(
+        report, passed=not cause, cause=cause, file="" if cause else path.name, **asdict(parity)
+    )
+    return _Candidate(report, open_session(content, variant.session_config))
 
 
 def _convert(variant: Variant, model: onnx.ModelProto) -> bytes:

@@ -5,6 +5,8 @@ import msgspec
 from shared.manifest import GoldenBatch, TensorSpec
 from shared.tasks.spec import TaskSpec
 
+FP32 = "fp32"  # the variant that is always built, as the fallback
+
 
 class BuildVersion(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
     """First and only line to the child: which parameters become which files."""

@@ -27,9 +27,9 @@ from onnxruntime.quantization.quant_utils import QuantType
 from onnxruntime.quantization.quantize import quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from cloud_coordinator.models.pipeline_messages import FP32
 from shared.errors import UnfitModelError
 
-FP32 = "fp32"
 FOLD_WEIGHTS: Mapping[str, str] = {"session.disable_quant_qdq": "1"}
 _LARGEST_INT8 = 127  # symmetric: -128 is not used
 _NODE_BYTES = 120  # about what one DequantizeLinear and its names add to the file

@@ -62,6 +62,13 @@ class ConfidentialTrickLayer(nn.Module):
         return torch.relu(secret_recipe).mean(dim=(2, 3))
 
 
+class DecidesByValue(nn.Module):
+    """A network whose graph depends on the values in it, which no export can hold."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels[:, 0, 0, :4] if pixels.sum() > 0 else -pixels[:, 0, 0, :4]
+
+
 class TrickTask(Task):
     """A task outside the built-in ones; options can make it break its promises."""
 
@@ -189,6 +196,12 @@ def test_the_graph_is_valid_whole_and_of_the_opset_that_was_asked_for(
 def test_a_network_that_breaks_its_tasks_promise_is_unfit() -> None:
     with pytest.raises(UnfitModelError, match=r"output is logits of shape \(-1, 4\), but .* 5"):
         trained(TrickTask(5, "FP32")).to_onnx(np.random.default_rng(0))
+
+
+def test_a_network_that_torch_cannot_export_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrickTask, "build_model", lambda _task: DecidesByValue())
+    with pytest.raises(UnfitModelError, match="torch cannot export this network"):
+        trained(TrickTask(4, "FP32")).to_onnx(np.random.default_rng(0))
 
 
 def test_an_input_that_cannot_be_shipped_is_refused() -> None:
