@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, Error, Message, RecordDict
@@ -392,8 +393,15 @@ def agree(
 
 
 def load_node_key(path: Path) -> EllipticCurvePrivateKey:
-    """Read the node key that enrolment made, in the OpenSSH form that Flower itself reads."""
-    key = load_ssh_private_key(path.read_bytes(), password=None)
+    """Read the node key that enrolment made, in the OpenSSH form that Flower itself reads.
+
+    Raises:
+        DataError: the file is missing or holds something else.
+    """
+    try:
+        key = load_ssh_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise DataError(f"cannot read the node key {path}; enrol this device again") from error
     if not isinstance(key, EllipticCurvePrivateKey):
         raise DataError(f"{path} holds no elliptic curve key; enrol this device again")
     return key

@@ -119,7 +119,7 @@ class Federation:
     async def _add_trainer(self, name: str) -> None:
         key = generate_private_key(SECP256R1())
         key_path = self._folder / f"{name}.pem"
-        key_path.write_bytes(_private_pem(key))
+        key_path.write_bytes(_private_text(key))
         self.node_ids.append(await self._superlink.register_node(_public_pem(key), name))
         child = await self._start("simulations.benchmarks.probe_trainer", name)
         await child.send(
@@ -149,7 +149,7 @@ class Federation:
             StartAgents(
                 address=self._superlink.public_address,
                 ca_pem=self._superlink.ca_pem,
-                keys_pem=tuple(_private_pem(key).decode() for key in keys),
+                keys=tuple(_private_text(key).decode() for key in keys),
             )
         )
         await self._listen(child, FromAgents, AgentsJoined, AgentReplied)
@@ -227,5 +227,5 @@ def _public_pem(key: EllipticCurvePrivateKey) -> str:
     return pem.decode()
 
 
-def _private_pem(key: EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def _private_text(key: EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())

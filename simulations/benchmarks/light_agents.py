@@ -8,7 +8,7 @@ import threading
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from edge_agent.flower_node import FlowerNode
 from shared.child import ParentLink, die_with_parent
@@ -22,8 +22,8 @@ class StartAgents(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     """First line to the child; one agent per key."""
 
     address: str
-    ca_pem: str
-    keys_pem: tuple[str, ...]
+    ca_text: str
+    keys: tuple[str, ...]  # in OpenSSH form
 
 
 class NudgeAgent(msgspec.Struct, frozen=True, tag="nudge"):
@@ -70,15 +70,15 @@ def main() -> None:
     link: ParentLink[ToAgents] = ParentLink(ToAgents)
     start = link.incoming.get(timeout=_START_DEADLINE_S)
     assert isinstance(start, StartAgents)
-    agents = [_Agent(_node(start, pem), link) for pem in start.keys_pem]
+    agents = [_Agent(_node(start, text), link) for text in start.keys]
     link.send(AgentsJoined())
     while (message := link.incoming.get()) is not None:
         assert isinstance(message, NudgeAgent)
         agents[message.agent].nudges.put(None)
 
 
-def _node(start: StartAgents, pem: str) -> FlowerNode:
-    key = load_pem_private_key(pem.encode(), password=None)
+def _node(start: StartAgents, text: str) -> FlowerNode:
+    key = load_ssh_private_key(text.encode(), password=None)
     assert isinstance(key, EllipticCurvePrivateKey)
     return FlowerNode(
         address=start.address,

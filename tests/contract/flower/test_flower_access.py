@@ -19,9 +19,8 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from cloud_coordinator.flower.superlink_messages import CONTROL_SECRET_HEADER, SuperLinkSecrets
-from edge_agent.flower_node import load_node_key
 from shared.errors import ConfigError, UnavailableError
-from tests.contract.flower.conftest import LiveSuperLink, public_pem
+from tests.contract.flower.conftest import LiveSuperLink
 
 PROTOBUF = {"content-type": "application/protobuf"}
 FOREIGN_VERSION = {
@@ -268,13 +267,3 @@ def test_the_secrets_and_keys_are_the_owners_alone(superlink: LiveSuperLink) -> 
 def test_a_key_that_is_none_is_refused_in_one_sentence(superlink: LiveSuperLink) -> None:
     with pytest.raises(ConfigError, match="refuses the node key of oven"):
         superlink._do(superlink.parent.register_node("no key", "oven"))
-
-
-def test_a_node_key_file_is_read_in_the_form_that_enrolment_writes(
-    superlink: LiveSuperLink, key: EllipticCurvePrivateKey
-) -> None:
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-    path = superlink.home / "node.pem"
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    assert public_pem(load_node_key(path)) == public_pem(key)

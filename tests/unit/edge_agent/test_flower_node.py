@@ -1,7 +1,12 @@
+from pathlib import Path
+
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from edge_agent.flower_node import CLIENT_APP, agree
+from edge_agent.flower_node import CLIENT_APP, agree, load_node_key
 from shared.errors import DataError
 from shared.tasks.spec import TaskSpec
 
@@ -32,3 +37,30 @@ def test_the_same_name_with_other_options_is_another_task() -> None:
 def test_a_run_without_a_task_is_refused(run_config: dict[str, object]) -> None:
     with pytest.raises(DataError, match="names no task"):
         agree(TASK, CLIENT_APP, components={"clientapp": CLIENT_APP}, run_config=run_config)
+
+
+def test_a_node_key_is_read_in_the_form_that_flower_reads(tmp_path: Path) -> None:
+    key = generate_private_key(SECP256R1())
+    path = tmp_path / "node.pem"
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+
+    assert load_node_key(path).private_numbers() == key.private_numbers()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbled"])
+def test_a_node_key_that_cannot_be_read_is_said_in_one_sentence(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "node.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="enrol this device again"):
+        load_node_key(path)
+
+
+def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "node.pem"
+    key = Ed25519PrivateKey.generate()
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    with pytest.raises(DataError, match="no elliptic curve key"):
+        load_node_key(path)
