@@ -113,6 +113,7 @@ class InferenceServer:
         finally:
             address_path.unlink(missing_ok=True)
             self.close()
+            self._up.set()  # nobody shall wait for a child any more; see `_ready_child`
 
     def close(self) -> None:
         """Stop listening; `run` does it at its end."""
@@ -135,6 +136,7 @@ class InferenceServer:
                     await child.send(Activate(ticket=self._ticket, slot=str(slot)))
                     await answer
             except TimeoutError as error:
+                self._up.clear()
                 child.kill()  # it may hang in the model; a fresh one gets the old model
                 raise UnfitModelError(
                     f"the model did not start serving within {_ACTIVATE_TIMEOUT_S:g} seconds"
@@ -151,7 +153,8 @@ class InferenceServer:
             raise UnavailableError(
                 f"the inference server does not start; see {self._log_path}"
             ) from error
-        assert self._child is not None
+        if self._child is None:
+            raise UnavailableError("the inference server was stopped; start the agent again")
         return self._child
 
     async def _live(self) -> None:

@@ -47,7 +47,7 @@ async def test_a_good_model_passes_and_is_measured(tmp_path: Path) -> None:
     assert result.provider == "CPUExecutionProvider"
     assert 0 < result.p50_ms < 1000
     assert result.largest_difference < 1e-4
-    assert result.peak_memory_bytes > 10 * 1024**2
+    assert 10 < result.peak_memory_bytes / 1024**2 < 150  # and not the size of this process
 
 
 async def test_a_refused_model_says_why(tmp_path: Path) -> None:

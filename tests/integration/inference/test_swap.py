@@ -213,6 +213,14 @@ async def test_without_a_server_activation_fails_as_unavailable(
     server.close()
 
 
+async def test_who_waits_for_a_server_that_is_stopped_is_told_at_once(tmp_path: Path) -> None:
+    async with running(InferenceServer(tmp_path, "127.0.0.1", 0, rng=RNG)) as server:
+        waiting = asyncio.create_task(server.activate(linear(1).put_into(tmp_path / "a")))
+        await until(lambda: server.pid)
+    with pytest.raises(UnavailableError, match="was stopped; start the agent again"):
+        await asyncio.wait_for(waiting, 5)
+
+
 async def test_the_address_is_on_file_while_the_server_runs(tmp_path: Path) -> None:
     async with running(InferenceServer(tmp_path, "127.0.0.1", 0, rng=RNG)) as server:
         await until(lambda: server.pid)
