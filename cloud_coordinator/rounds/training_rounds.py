@@ -248,7 +248,11 @@ class TrainingRun:
     def _abandon(self, life: _Round, error: QuorumError) -> str:
         """Close the round without a result; return the cause, for people."""
         life.advance(RoundEvent.QUORUM_LOST)
-        lost = [f"{p.device_id}: {p.cause}" for p in life.participations if p.cause]
+        lost = [
+            f"{part.device_id}: {part.cause}"
+            for part in life.participations
+            if part.outcome not in {"replied", "not-needed"}
+        ]
         cause = f"{error} ({'; '.join(lost)})"[:500] if lost else str(error)
         self._close(life, cause=cause)
         return cause

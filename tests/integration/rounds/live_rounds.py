@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives.serialization import (
 from sklearn.datasets import load_digits
 
 from cloud_coordinator.flower.superlink import SuperLink
+from cloud_coordinator.rounds.cohort import training_seed
+from cloud_coordinator.rounds.initial_model import initial_parameters
 from cloud_coordinator.rounds.worker_messages import (
     DeviceJoined,
     FromWorker,
@@ -34,7 +36,7 @@ from cloud_coordinator.rounds.worker_messages import (
     WorkerReady,
 )
 from edge_agent.data_registry import DataRegistry
-from edge_agent.local_data import check_data
+from edge_agent.local_data import check_data, read_local_data
 from edge_agent.trainer_messages import (
     FromTrainer,
     MessageWaits,
@@ -43,9 +45,12 @@ from edge_agent.trainer_messages import (
     TrainerJoined,
     TrainerReplied,
 )
+from edge_agent.training import train
+from edge_agent.training_app import device_seed
 from shared.child import Child
 from shared.errors import UnavailableError
 from shared.messages import utc_now
+from shared.parameters import Vector
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from shared.tasks.spec import TaskSpec
 
@@ -86,6 +91,28 @@ def write_digits(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def averaged_by_hand(plan: RunPlan, paths: Sequence[Path]) -> Vector:
+    """Return what federated averaging of all devices gives, without Flower and our rounds."""
+    parts = [read_local_data(path, plan.task) for path in paths]
+    weights = [len(part.train) for part in parts]
+    parameters = initial_parameters(plan.task, plan.seed)
+    for number in range(1, plan.rounds + 1):
+        seed = training_seed(plan.seed, number)
+        updates = [
+            train(
+                part.task,
+                parameters,
+                part.train,
+                plan.training,
+                seed=device_seed(seed, number, part.digest),
+            ).parameters
+            for part in parts
+        ]
+        mean = np.average(np.array(updates, dtype=np.float64), axis=0, weights=weights)
+        parameters = mean.astype(np.float32)
+    return parameters
+
+
 @dataclass
 class Device:
     """One trainer child and the pipe to it."""
@@ -104,6 +131,7 @@ class LiveRounds:
     def __init__(self, home: Path, superlink: SuperLink) -> None:
         self.home = home
         self.superlink = superlink
+        self.data: list[Path] = []
         self.devices: dict[str, Device] = {}
         self.worker: Child | None = None
         self.records: list[RoundRecord] = []
@@ -114,6 +142,7 @@ class LiveRounds:
     async def start_trainers(self) -> None:
         """Start one for each device, with its own third of the digits; return when all joined."""
         data = write_digits(self.home)
+        self.data = list(data.values())
         await asyncio.gather(*(self._start_trainer(name, data[name]) for name in DEVICES))
 
     async def _start_trainer(self, name: str, data: Path) -> None:
