@@ -40,6 +40,7 @@ class ImageDataset:
             "width": width,
             "channels": channels,
             "labels": list(self.labels),
+            "loss": "balanced",  # for devices that hold few classes each; see docs/tasks.md
         }
         return TaskSpec(name=name, uses="image-classification", options=options)
 

@@ -43,8 +43,8 @@ def variants_table(version: Mapping[str, Any]) -> Table:
         latency = variant["latency_p50_us"]  # null where the variant never ran
         table.add_row(
             variant["variant"],
-            f"{variant['size_bytes']:,}",
-            f"{full / variant['size_bytes']:.2f}",
+            f"{variant['size_bytes']:,}" if variant["size_bytes"] else "-",
+            f"{full / variant['size_bytes']:.2f}" if variant["size_bytes"] else "-",
             f"{latency:.0f} µs" if latency else "-",
             f"{latency / fastest:.2f}" if latency else "-",
             "passed" if variant["passed"] else f"failed: {variant['cause']}",

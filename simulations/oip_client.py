@@ -1,7 +1,7 @@
 """A client of the Open Inference Protocol v2 over HTTP with binary tensors, as small as it gets.
 
-The tests use NVIDIA's `tritonclient`; the demo uses this one, on the standard library alone, so that
-its latencies are the server's and hardly the client's.
+The tests use NVIDIA's `tritonclient`; the demo uses this one, on the standard library alone, so
+that its latencies are the server's and hardly the client's.
 """
 
 import http.client
