@@ -32,6 +32,7 @@ from edge_agent.telemetry import (
     read_cpu_times,
     read_memory,
 )
+from shared.errors import DataError, ShoalError, UnavailableError
 from shared.messages import (
     OLDEST_PROTOCOL_VERSION,
     PROTOCOL_VERSION,
@@ -52,6 +53,7 @@ from shared.messages import (
 logger = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 1.0  # the owner's data registry, what is served, the status snapshot
+_MAX_TASKS = 200  # named in a hello, which has to fit into one message
 _FAREWELL_S = 12.0  # for the trainer to leave its run and for the goodbye
 
 
@@ -82,6 +84,7 @@ class Agent:
         self._settings, self._enrolment, self._state = settings, enrolment, state
         self._boot = uuid.uuid4().hex
         self._cause = ""  # why the last deployment failed
+        self._trouble: dict[str, str] = {}  # what was complained about last, so as not to repeat it
         self._told: Reported | None = None
         self._data = DataRegistry(settings.home)
         self._outbox = Outbox(state)
@@ -159,7 +162,7 @@ class Agent:
         await self._reconciler.run()
 
     async def _note_deployment(self, state: DeploymentState, cause: str) -> None:
-        logger.info("deployment: %s%s", state, f" ({cause})" if cause else "")
+        logger.debug("deployment: %s", state)
         self._cause = cause
         await self._tell_what_changed()
 
@@ -180,7 +183,7 @@ class Agent:
             await self._tell_what_changed()
             if (now_snapshot := self._snapshot()) != snapshot:
                 snapshot = now_snapshot
-                save_snapshot(self._state, snapshot)
+                self._save(snapshot)
             await asyncio.sleep(_WATCH_EVERY_S)
 
     async def _report_telemetry(self) -> None:
@@ -243,8 +246,26 @@ class Agent:
             refused_messages=self._link.refused,
         )
 
+    def _save(self, snapshot: Snapshot) -> None:
+        """Keep the snapshot; a full disk must not end a daemon that serves."""
+        try:
+            save_snapshot(self._state, snapshot)
+        except UnavailableError as error:
+            self._complain("snapshot", error)
+
     def _task_names(self) -> tuple[str, ...]:
-        return tuple(sorted({entry.task.name for entry in self._data.entries()}))
+        """Return the tasks that the owner gave data to; none while the registry is damaged."""
+        try:
+            entries = self._data.entries()
+        except DataError as error:
+            self._complain("data", error)
+            return ()
+        return tuple(sorted({entry.task.name for entry in entries}))[:_MAX_TASKS]
+
+    def _complain(self, about: str, error: ShoalError) -> None:
+        if self._trouble.get(about) != str(error):
+            self._trouble[about] = str(error)
+            logger.error("%s", error)
 
 
 async def run_agent(settings: AgentSettings, enrolment: Enrolment, state: AgentState) -> None:

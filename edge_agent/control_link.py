@@ -125,14 +125,21 @@ class ControlLink:
         envelope = self._envelope(body, reply_to=reply_to)
         message = self._outgoing(envelope)
         if delivery_of(body).durable:
-            self._outbox.add(
-                Waiting(envelope.id, message.topic, message.payload, envelope.expires_at)
-            )
+            self._keep(envelope, message)
         try:
             await self._session.publish(message)
         except UnavailableError:
             if not delivery_of(body).durable and not isinstance(body, _NOT_KEPT):
                 self._unsent.append((envelope.expires_at, message))
+
+    def _keep(self, envelope: Envelope, message: Outgoing) -> None:
+        try:
+            self._outbox.forget_expired(self._now())
+            self._outbox.add(
+                Waiting(envelope.id, message.topic, message.payload, envelope.expires_at)
+            )
+        except UnavailableError as error:  # better said once than not at all
+            logger.error("an event is not safe from a crash: %s", error)  # noqa: TRY400
 
     async def say_hello(self) -> None:
         """Tell the coordinator anew what this machine is and which tasks it has data for."""
@@ -152,10 +159,14 @@ class ControlLink:
 
     async def _send_unsent(self) -> None:
         while self._unsent:
-            expires_at, message = self._unsent[0]
-            if expires_at > self._now():
+            expires_at, message = self._unsent.popleft()
+            if expires_at <= self._now():
+                continue
+            try:
                 await self._session.publish(message)
-            self._unsent.popleft()
+            except UnavailableError:
+                self._unsent.appendleft((expires_at, message))
+                raise
 
     async def _repeat_unacknowledged(self) -> None:
         async with self._repeating:

@@ -44,7 +44,11 @@ class Outbox:
         return int(rows)
 
     def add(self, message: Waiting) -> None:
-        """Keep ``message``, durable before this returns; a second copy of it changes nothing."""
+        """Keep ``message``, durable before this returns; a second copy of it changes nothing.
+
+        Raises:
+            UnavailableError: the disk is full.
+        """
         with self._state.transaction() as connection:
             connection.execute(
                 "INSERT OR IGNORE INTO outbox (message_id, topic, payload, expires_at) "
@@ -67,6 +71,11 @@ class Outbox:
                 rows, size = rows - 1, size - length
                 logger.warning("the outbox is full: the oldest message was given up")
 
+    def forget_expired(self, now: datetime) -> None:
+        """Drop what nobody would accept any more."""
+        with self._state.transaction() as connection:
+            connection.execute("DELETE FROM outbox WHERE expires_at <= ?", (now.timestamp(),))
+
     def acknowledge(self, message_ids: Iterable[str]) -> None:
         """Forget messages that are durable at the coordinator."""
         with self._state.transaction() as connection:
@@ -75,16 +84,14 @@ class Outbox:
             )
 
     def waiting(self, now: datetime) -> Iterator[Waiting]:
-        """Yield what waits, oldest first, one row in memory at a time; drop what has expired."""
-        with self._state.transaction() as connection:
-            connection.execute("DELETE FROM outbox WHERE expires_at <= ?", (now.timestamp(),))
+        """Yield what waits and has not expired, oldest first, one row in memory at a time."""
         number = 0
         while True:
             with self._state.transaction() as connection:
                 row = connection.execute(
                     "SELECT number, message_id, topic, payload, expires_at FROM outbox "
-                    "WHERE number > ? ORDER BY number LIMIT 1",
-                    (number,),
+                    "WHERE number > ? AND expires_at > ? ORDER BY number LIMIT 1",
+                    (number, now.timestamp()),
                 ).fetchone()
             if row is None:
                 return

@@ -127,10 +127,9 @@ class MqttSession:
     async def run(self) -> None:
         """Connect, serve, and connect again, until cancelled (which says a clean goodbye)."""
         clock = asyncio.get_running_loop().time
-        failures = 0
+        failures, said = 0, ""
         while True:
-            started = clock()
-            cause = "closed"
+            started, cause = clock(), "closed"
             try:
                 await self._serve_one_connection()
             except* (aiomqtt.MqttError, UnavailableError) as group:
@@ -138,7 +137,9 @@ class MqttSession:
             failures = 0 if clock() - started >= _STEADY_AFTER_S else failures + 1
             delay_s = self._draw_delay(failures)
             where = f"{self._host}:{self._port}"
-            logger.warning("broker at %s is away (%s), trying in %.1f s", where, cause, delay_s)
+            level = logging.DEBUG if cause == said else logging.WARNING
+            said = cause
+            logger.log(level, "broker at %s is away (%s), trying in %.1f s", where, cause, delay_s)
             await asyncio.sleep(delay_s)
 
     async def _serve_one_connection(self) -> None:

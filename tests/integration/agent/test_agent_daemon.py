@@ -239,6 +239,20 @@ async def test_data_added_while_the_agent_runs_are_announced(world: World, agent
     await world.coordinator.until_heard(Hello, tasks=("digits",))
 
 
+async def test_a_damaged_data_registry_is_said_and_does_not_end_the_agent(
+    world: World,
+) -> None:
+    add_data(world.home, DIGITS)
+    async with daemon(world.home) as agent:
+        await world.coordinator.until_heard(Hello, tasks=("digits",))
+        (world.home / "data.json").write_text("{")
+        await world.coordinator.until_heard(Hello, tasks=())
+        await world.coordinator.send(invitation())
+        answer = await world.coordinator.until_heard(InvitationAnswer)
+        assert not answer.accepted
+        assert agent.log.count("is damaged") < 4
+
+
 async def test_an_event_is_repeated_over_restarts_until_it_is_acknowledged(world: World) -> None:
     body = LeftRun(run_id="run-0", session_id="s0", cause="killed long ago")
     envelope = new_envelope(body, device=DEVICE, now=utc_now())

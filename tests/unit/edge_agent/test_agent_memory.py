@@ -66,6 +66,7 @@ def test_what_expired_is_dropped(state: AgentState) -> None:
     outbox.add(message(1, expires_at=NOW))
     outbox.add(message(2))
     assert ids(outbox) == ["id-2"]
+    outbox.forget_expired(NOW)
     assert len(outbox) == 1
 
 
