@@ -191,7 +191,10 @@ class Notice(Body, frozen=True, tag="notice"):
 
 
 class CoordinatorPresence(Body, frozen=True, tag="coordinator.presence"):
-    """Retained; a new ``epoch`` asks agents for hello and reported state again."""
+    """Retained, said anew at each connect; agents answer each new one with all that is true there.
+
+    A new ``epoch`` tells a restart of the coordinator from a lost connection.
+    """
 
     state: Literal["ready", "stopped"]
     epoch: Identifier
