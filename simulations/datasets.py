@@ -56,7 +56,7 @@ def load_images(folder: Path | None) -> ImageDataset:
     for candidate in FASHION_MNIST_FOLDERS:
         if candidate.is_dir():
             return _load_fashion_mnist(candidate)
-    return _load_digits()
+    return load_digits_images()
 
 
 def _load_fashion_mnist(folder: Path) -> ImageDataset:
@@ -77,8 +77,8 @@ def _idx_images(folder: Path, part: str) -> Path:
     return found[0]
 
 
-def _load_digits() -> ImageDataset:
-    # scikit-learn bundles 1,797 real scanned digits (UCI), 8 x 8 pixels of 0 to 16.
+def load_digits_images() -> ImageDataset:
+    """Load scikit-learn's 1,797 real scanned digits (UCI), 8 x 8 pixels."""
     from sklearn.datasets import load_digits  # noqa: PLC0415 (slow, and only without Fashion-MNIST)
 
     digits = load_digits()
@@ -89,5 +89,5 @@ def _load_digits() -> ImageDataset:
         examples.take(np.arange(start, stop))
         for start, stop in ((0, _DIGITS_TRAIN_ROWS), (_DIGITS_TRAIN_ROWS, len(images)))
     )
-    title = "scikit-learn's digits (Fashion-MNIST was not found)"
+    title = "scikit-learn's digits (Fashion-MNIST is not on this machine)"
     return ImageDataset(title, tuple(str(digit) for digit in range(10)), train, test)

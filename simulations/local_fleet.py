@@ -102,6 +102,10 @@ class LocalFleet:
         log_path = self.home / "logs" / f"{name}.log"
         self.agents[name] = Program(argv, log_path=log_path, outlive_us=self._outlive_us)
 
+    def kill_agent(self, name: str) -> None:
+        """End an agent at once, as a crash would."""
+        self.agents.pop(name).kill()
+
     def command(self, *argv: str) -> str:
         """Run one of our commands to its end and return what it printed.
 
@@ -168,6 +172,7 @@ class LocalFleet:
             self.coordinator.wait_stopped()
         self.agents.clear()
         self.coordinator = None
+        self._http.close()
 
     def _healthy(self) -> bool | None:
         path = self.coordinator_home / "service.json"
