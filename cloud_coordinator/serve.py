@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+import fcntl
 import logging
+import os
 import signal
 import socket
 from collections.abc import Generator
+from pathlib import Path
 
 import uvicorn
 
 from cloud_coordinator.app import Coordinator, Parts
 from cloud_coordinator.settings import Settings, choose_ports, write_service
-from shared.errors import ShoalError
+from shared.errors import ShoalError, UnavailableError
 from shared.listening import require_free_port
 
 logger = logging.getLogger(__name__)
@@ -26,13 +29,15 @@ def run_service(settings: Settings, parts: Parts | None = None) -> None:
     Raises:
         ShoalError: the service cannot be started, in one sentence.
     """
-    chosen = choose_ports(settings)
-    require_free_port(chosen.host, chosen.port, purpose="the API")
-    coordinator = Coordinator(chosen, parts or Parts())
-    try:
-        asyncio.run(_serve(coordinator))
-    except* ShoalError as group:
-        raise _first(group) from group
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with _only_one(settings.home):
+        chosen = choose_ports(settings)
+        require_free_port(chosen.host, chosen.port, purpose="the API")
+        coordinator = Coordinator(chosen, parts or Parts())
+        try:
+            asyncio.run(_serve(coordinator))
+        except* ShoalError as group:
+            raise _first(group) from group
 
 
 async def _serve(coordinator: Coordinator) -> None:
@@ -89,6 +94,24 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+@contextlib.contextmanager
+def _only_one(home: Path) -> Generator[None, None, None]:
+    """Hold the home; the kernel lets go of it when this process ends, however that happens."""
+    with (home / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UnavailableError(
+                f"another coordinator (process {lock.read().strip()}) serves {home}; "
+                "stop it or choose another --home"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
         yield
 
 

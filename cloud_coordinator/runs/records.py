@@ -174,7 +174,7 @@ class RunRecords:
             resume=_resume_point(committed[-1]) if committed else None,
             next_round=rounds[-1].round_number + 1 if rounds else 1,
             rounds_committed=sum(row.round_number > 0 for row in committed),
-            times_selected=dict(row.tuple() for row in selected),
+            times_selected={row[0]: row[1] for row in selected},
         )
 
     def note_invitations(

@@ -154,7 +154,7 @@ class RunSession:
         self._worker_failure = ""
         self._committed = False
         self._rounds_run = False  # whether the run's state is `running`
-        self._renew_at = parts.clock()
+        self._renew_at = parts.clock() + self._renewal_interval()
         self._recruitment = Recruitment(
             task=plan.task.name,
             answer_time=parts.settings.answer_time,
