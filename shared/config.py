@@ -20,13 +20,17 @@ def read_toml(path: Path, kind: type[T]) -> T:
     Raises:
         ConfigError: unreadable, not TOML, or it does not fit ``kind``; names the key.
     """
+    return convert(read_document(path), kind, source=str(path))
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a TOML file as it is; raise ConfigError where it is unreadable or not TOML."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}; mend that line") from error
-    return convert(document, kind, source=str(path))
 
 
 def convert(document: Any, kind: type[T], *, source: str) -> T:

@@ -5,11 +5,13 @@ that every round can be run again.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from shared.config import convert, read_document, read_toml
 from shared.errors import ConfigError
 from shared.tasks.spec import TaskSpec
 
@@ -64,3 +66,18 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     def digest(self) -> str:
         """Hex SHA-256 over the deterministic JSON of the resolved plan."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+
+def read_plan(path: Path) -> RunPlan:
+    """Read a plan's TOML file.
+
+    ``task`` may be a table, or the path of the task file (relative to the plan) that the owners of
+    the devices use as well, so that nobody writes a task twice.
+
+    Raises:
+        ConfigError: a file is unreadable or does not fit; names the key.
+    """
+    document = read_document(path)
+    if isinstance(task := document.get("task"), str):
+        document["task"] = msgspec.to_builtins(read_toml(path.parent / task, TaskSpec))
+    return convert(document, RunPlan, source=str(path))

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from cloud_coordinator.commands.client import DEFAULT_HOME, ApiClient, AsJson, Home
 from cloud_coordinator.commands.output import digest, moment, print_facts, print_json, print_table
-from shared.config import read_toml
 from shared.errors import ShoalError
-from shared.run_plan import RunPlan
+from shared.run_plan import read_plan
 
 runs = typer.Typer(help="Runs: training of one model over many rounds.", no_args_is_help=True)
 
@@ -30,7 +29,7 @@ def start_run(
     as_json: AsJson = False,
 ) -> None:
     """Start a run from PLAN; exit status 1 if --watch sees it fail."""
-    document = msgspec.to_builtins(read_toml(plan, RunPlan))
+    document = msgspec.to_builtins(read_plan(plan))
     client = ApiClient(home)
     run = client.post("/v1/runs", document)
     if watch:
