@@ -152,15 +152,14 @@ class LeanListener:
         public_key, node_id = self._nodes.authenticate(request.headers)
         if node_id is None and not route.introduces_key:
             raise refused()
-        body = await _read_body(request, route.max_body_bytes)
-        message = _parse(request, body)
+        message, size = await _read_message(request, route.max_body_bytes)
         if route.introduces_key:
             genuine = message.public_key == public_key
         else:
             genuine = _claimed_nodes(message) == {node_id}
         if not genuine:
             raise refused()
-        return await _respond(body, lambda: route.handle(message, self._state))
+        return await _respond(size, lambda: route.handle(message, self._state))
 
     async def _answer_runtime(self, request: Request) -> Response:
         if request.method != "POST":
@@ -168,9 +167,8 @@ class LeanListener:
         handle = _RUNTIME_ROUTES[request.scope["path"].removeprefix(_RUNTIME)]
         self._check_version(request)
         task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), self._state)
-        body = await _read_body(request, _RUNTIME_MAX_BODY_BYTES)
-        message = _parse(request, body)
-        return await _respond(body, lambda: handle(message, self._state, task))
+        message, size = await _read_message(request, _RUNTIME_MAX_BODY_BYTES)
+        return await _respond(size, lambda: handle(message, self._state, task))
 
 
 def _claimed_nodes(message: Any) -> set[int]:
@@ -191,25 +189,30 @@ async def _answer_no_control(_request: Request) -> Response:
     raise HTTPException(status_code=401, detail="The control API needs its secret")
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """Read a body of at most ``limit`` bytes within the deadline."""
+async def _read_message(request: Request, limit: int) -> tuple[Any, int]:
+    """Return the decoded request and its size; the body itself is not kept."""
+    body = await _read_body(request, limit)
+    return _parse(request, body), len(body)
+
+
+async def _read_body(request: Request, limit: int) -> bytearray:
+    """Read a body of at most ``limit`` bytes within the deadline, in one copy."""
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared) > limit:
         raise HTTPException(status_code=413)
-    chunks, size = [], 0
+    body = bytearray()
     try:
         async with asyncio.timeout(_BODY_DEADLINE_S):
             async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
+                body += chunk
+                if len(body) > limit:
                     raise HTTPException(status_code=413)
-                chunks.append(chunk)
     except TimeoutError as error:
         raise HTTPException(status_code=408) from error
-    return b"".join(chunks)
+    return body
 
 
-def _parse(request: Request, body: bytes) -> Any:
+def _parse(request: Request, body: bytearray) -> Any:
     """Decode the request as Flower does, and fail with its errors."""
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != PROTOBUF_MEDIA_TYPE:
@@ -226,9 +229,9 @@ def _parse(request: Request, body: bytes) -> Any:
     return message
 
 
-async def _respond(body: bytes, handle: Callable[[], Message]) -> Response:
-    """Run the handler, beside the event loop where the request is large."""
-    if len(body) > _THREAD_ABOVE_BYTES:
+async def _respond(size: int, handle: Callable[[], Message]) -> Response:
+    """Run the handler, beside the event loop where the request has a large ``size`` in bytes."""
+    if size > _THREAD_ABOVE_BYTES:
         result = await run_in_threadpool(handle)
     else:
         result = handle()

@@ -76,6 +76,8 @@ class SuperLink:
             env={
                 **QUIET_FLOWER,
                 "FLWR_LOG_LEVEL": "WARNING",
+                # glibc would keep a heap per thread; one heap serves large uploads with less.
+                "MALLOC_ARENA_MAX": "1",
                 "FLWR_HOME": str(folder / "flwr-home"),
             },
         )

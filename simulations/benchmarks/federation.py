@@ -47,7 +47,7 @@ from simulations.benchmarks.light_agents import (
     NudgeAgent,
     StartAgents,
 )
-from simulations.benchmarks.probe_apps import CLIENT_APP, TASK
+from simulations.benchmarks.probe_apps import TASK
 
 T = TypeVar("T")
 _DEADLINE_S = 120.0
@@ -80,13 +80,12 @@ class Federation:
 
     @contextmanager
     def run(self) -> Iterator[RunGrid]:
-        """Open a run for this process."""
+        """Open a run for this process; it names our real app, as trainers run no other."""
         with open_run(
             address=self._superlink.private_address,
             ca_pem=self._superlink.ca_pem,
             secrets_path=self._superlink.secrets_path,
             task=TASK,
-            client_app=CLIENT_APP,
         ) as grid:
             yield grid
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from edge_agent.flower_node import FlowerNode
 from shared.child import ParentLink, die_with_parent
 from shared.logs import configure_logging
-from simulations.benchmarks.probe_apps import CLIENT_APP, TASK, client
+from simulations.benchmarks.probe_apps import TASK, client
 
 _START_DEADLINE_S = 60.0
 
@@ -22,7 +22,7 @@ class StartAgents(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     """First line to the child; one agent per key."""
 
     address: str
-    ca_text: str
+    ca_pem: str
     keys: tuple[str, ...]  # in OpenSSH form
 
 
@@ -87,7 +87,6 @@ def _node(start: StartAgents, text: str) -> FlowerNode:
         app=client,
         task=TASK,
         node_config={},
-        client_app=CLIENT_APP,
     )
 
 
