@@ -25,16 +25,31 @@ class _Report(msgspec.Struct, frozen=True):
 
 
 def row_at_most(
-    name: str, value: float, unit: str, *, limit: float, reference: float | None = None
+    name: str,
+    value: float,
+    unit: str,
+    *,
+    limit: float,
+    reference: float | None = None,
+    target: str | None = None,
 ) -> Row:
-    """Make the row of a measurement where less is better and ``limit`` is the target."""
+    """Make the row of a measurement where less is better and ``limit`` is the target.
+
+    Args:
+        name: of the row.
+        value: what was measured.
+        unit: of value, limit and reference.
+        limit: the most that meets the target.
+        reference: the same measured elsewhere.
+        target: words for the limit where it depends on the reference.
+    """
     return Row(
         name=name,
         value=round(value, 4),
         unit=unit,
         reference=None if reference is None else round(reference, 4),
         ratio=None if reference is None else round(reference / max(value, 1e-9), 2),
-        target=f"<= {limit:g} {unit}",
+        target=target or f"<= {limit:g} {unit}",
         ok=value <= limit,
     )
 

@@ -98,8 +98,15 @@ def _message_cost(
 def _worker_memory(name: str, *, quick: bool) -> Row:
     """Compare what this process needs to fold few replies and many."""
     few, many = 8, 24 if quick else 64
-    needed = [_folding_memory(few), _folding_memory(many)]
-    return row_at_most(name, needed[1], "MB", limit=1.3 * needed[0], reference=needed[0])
+    for_few, for_many = _folding_memory(few), _folding_memory(many)
+    return row_at_most(
+        name,
+        for_many,
+        "MB",
+        limit=1.3 * for_few,
+        reference=for_few,
+        target="<= 1.3 x the reference",
+    )
 
 
 def _folding_memory(agents: int) -> float:
