@@ -145,6 +145,8 @@ class ControlLink:
         envelope = decode(payload, device=device, trusted=trusted, now=self._clock())
         if topic != topic_of(envelope.body, fleet=self._fleet, device=device):
             raise PeerError(f"{type(envelope.body).__name__} does not belong on {topic}")
+        if envelope.sent_at.tzinfo is None:
+            raise PeerError(f"{device} says when without saying in which time zone")
         if envelope.device != device:
             raise PeerError(f"a message for everybody came from {device}")
         return envelope

@@ -79,9 +79,19 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """Open a session whose work is committed at the end, or undone by an exception."""
-        with self._sessions.begin() as session:
-            yield session
+        """Open a session whose work is committed at the end, or undone by an exception.
+
+        Raises:
+            UnavailableError: the database is away, its disk is full, or others hold it too long.
+        """
+        try:
+            with self._sessions.begin() as session:
+                yield session
+        except OperationalError as error:
+            raise UnavailableError(
+                f"the database cannot be used now ({_first_line(error)}); "
+                "look at its disk and at its server, nothing was changed"
+            ) from error
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
@@ -102,6 +112,7 @@ class Database:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
         except OperationalError as error:
+            self.close()
             where = self._engine.url.render_as_string(hide_password=True)
             raise UnavailableError(
                 f"the database {where} cannot be used ({_first_line(error)}); "

@@ -22,7 +22,7 @@ DEFAULT_HOME = Path(".shoal")
 class ApiClient:
     """Speaks to the coordinator that serves ``home``."""
 
-    def __init__(self, home: Path, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, home: Path) -> None:
         """Read address and token.
 
         Raises:
@@ -36,12 +36,7 @@ class ApiClient:
             )
         self._home = home
         self._url = service.api_url
-        self._http = httpx.Client(
-            base_url=service.api_url,
-            headers={"Authorization": f"Bearer {_token(home)}"},
-            timeout=_TIMEOUT_S,
-            transport=transport,
-        )
+        self._headers = {"Authorization": f"Bearer {_token(home)}"}
 
     def get(self, path: str) -> Any:
         """GET a resource and return its JSON."""
@@ -53,7 +48,9 @@ class ApiClient:
 
     def _request(self, method: str, path: str, body: Any = None) -> Any:
         try:
-            answer = self._http.request(method, path, json=body)
+            answer = httpx.request(
+                method, self._url + path, json=body, headers=self._headers, timeout=_TIMEOUT_S
+            )
         except httpx.TransportError as error:
             raise UnavailableError(
                 f"no coordinator answers at {self._url} ({error}); "

@@ -135,12 +135,13 @@ class DeviceService:
 def take_in(row: DeviceRow, envelope: Envelope, now: datetime) -> None:
     """Change ``row`` by one message; what is older than what is known changes nothing."""
     body = envelope.body
+    sent_at = min(envelope.sent_at, now)  # a clock that ran ahead must not outlive its correction
     if isinstance(body, Presence):
-        _take_presence(row, body, envelope.sent_at)
+        _take_presence(row, body, sent_at)
         return
-    if not _is_of_this_boot(row, body, envelope.sent_at):
+    if not _is_of_this_boot(row, body, sent_at):
         return
-    if now - envelope.sent_at < _FRESH:
+    if now - sent_at < _FRESH:
         row.presence = PresenceState.READY.value  # the dead do not speak; a late will was wrong
     match body:
         case Hello():
@@ -148,9 +149,9 @@ def take_in(row: DeviceRow, envelope: Envelope, now: datetime) -> None:
         case Telemetry():
             row.telemetry_lost += _gap(row.telemetry, body)
             row.telemetry = msgspec.to_builtins(body)
-        case Reported() if row.reported_sent_at is None or row.reported_sent_at < envelope.sent_at:
+        case Reported() if row.reported_sent_at is None or row.reported_sent_at <= sent_at:
             row.reported = msgspec.to_builtins(body)
-            row.reported_sent_at = envelope.sent_at
+            row.reported_sent_at = sent_at
         case _:
             pass
     if row.last_seen_at is None or now - row.last_seen_at >= _SEEN_EVERY:

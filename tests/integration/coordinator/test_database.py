@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import update
+from sqlalchemy import text, update
 
 from cloud_coordinator.database import Database, change_one
 from cloud_coordinator.devices.tables import JoinTokenRow
@@ -82,6 +82,25 @@ def test_a_change_that_came_second_is_a_conflict(database: Database) -> None:
         database.transaction() as s,
     ):
         change_one(s, spend, what="the token")
+
+
+def test_a_full_disk_is_one_sentence_and_changes_nothing(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'shoal.db'}")
+    database.migrate()
+    with database.transaction() as session:
+        session.execute(text("PRAGMA max_page_count = 1"))  # no page more than there are
+
+    def fill() -> None:
+        with database.transaction() as session:
+            session.add(token())
+            session.execute(text("CREATE TABLE big AS SELECT randomblob(1000000)"))
+
+    with pytest.raises(UnavailableError, match="disk is full") as caught:
+        fill()
+    assert "\n" not in str(caught.value)
+    with database.transaction() as session:
+        assert session.get(JoinTokenRow, "t1") is None
+    database.close()
 
 
 def test_writers_wait_for_each_other(database: Database) -> None:

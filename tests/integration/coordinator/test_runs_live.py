@@ -7,6 +7,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from cloud_coordinator.app import Coordinator
+from cloud_coordinator.broker import BrokerPlan, start_broker
+from cloud_coordinator.settings import choose_ports
+from shared.listening import free_port
 from shared.messages import (
     DismissFromRun,
     Invitation,
@@ -17,6 +20,7 @@ from shared.messages import (
     Presence,
     PresenceState,
 )
+from tests.integration.coordinator.fake_parts import fake_parts, quick_settings
 from tests.integration.coordinator.fake_worker import parameters_after
 from tests.integration.coordinator.live import live, plan, until
 
@@ -333,3 +337,65 @@ async def test_a_returning_device_is_told_what_to_serve(tmp_path: Path) -> None:
             await asyncio.gather(*(service.get("/v1/devices") for _ in range(3)))
             row = await service.get("/v1/devices/absent")
             assert row["desired"]["version"] == 1  # nothing new, so the version stays
+
+
+async def test_a_run_ends_on_every_database(tmp_path: Path, database_url: str) -> None:
+    async with live(tmp_path, database=database_url) as service:
+        service.ask("crash-2")
+        device = await service.enrol("a")
+        async with device.online():
+            run = await service.ended(await service.start(plan()))
+        assert run["state"] == "finished"
+        assert result_of(service.coordinator, run) == parameters_after(3)
+
+
+async def test_a_dead_broker_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
+    async with live(tmp_path) as service:
+        service.ask("hold-2")
+        device = await service.enrol("a")
+        async with device.online():
+            run_id = await service.start(plan())
+            await service.in_round(run_id, 2)
+            os.kill(service.coordinator.broker.current().pid, signal.SIGKILL)
+
+            async def is_back() -> bool:
+                health = await service.get("/v1/health")
+                return bool(
+                    health["children"]["broker"]["restarts"] == 1 and health["status"] == "ok"
+                )
+
+            await until("the broker to be back", is_back)
+            service.unask("hold-2")
+            run = await service.ended(run_id)
+        assert run["state"] == "finished"
+        assert len(service.starts) == 1  # the same session all the time
+
+
+async def test_a_broker_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    plan_of_broker = BrokerPlan("embedded", "127.0.0.1", free_port())
+    (tmp_path / "requests").mkdir()
+    settings = choose_ports(quick_settings(tmp_path / "home", broker=plan_of_broker.url))
+    coordinator = Coordinator(settings, fake_parts(tmp_path / "requests"))
+    async with coordinator.running():
+        assert [supervisor.name for supervisor in coordinator.supervisors] == ["superlink"]
+        assert not coordinator.link.connected
+        broker = await start_broker(plan_of_broker, home=tmp_path)
+        try:
+            async with asyncio.timeout(60):
+                await coordinator.link.wait_connected()
+        finally:
+            await broker.stop()
+
+
+async def test_blobs_that_nothing_needs_are_removed_between_runs(tmp_path: Path) -> None:
+    async with live(tmp_path) as service:
+        device = await service.enrol("a")
+        async with device.online():
+            run = await service.ended(await service.start(plan(rounds=5)))
+        digests = [record["parameters_sha256"] for record in run["rounds"]]
+
+        async def only_the_last_are_left() -> bool:
+            folder = tmp_path / "home" / "blobs"
+            return {path.name for path in folder.glob("??/*")} == set(digests[-2:])
+
+        await until("the others to be removed", only_the_last_are_left)

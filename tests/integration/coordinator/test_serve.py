@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import httpx
 import msgspec
 import pytest
 
+from cloud_coordinator.__main__ import main
 from cloud_coordinator.blobs import BlobStore
 from shared.listening import free_port
 from tests.integration.coordinator.fake_device import FakeDevice
@@ -24,7 +26,7 @@ from tests.integration.coordinator.live import ENDED, plan, until
 TIME_LIMIT_S = 60.0
 EVERYWHERE = "0.0.0.0"  # noqa: S104  # to be refused
 SERVE_WITH_FAKES = (sys.executable, "-m", "tests.integration.coordinator.fake_parts")
-SHOAL = (sys.executable, "-m", "cloud_coordinator")
+SERVE = (sys.executable, "-m", "cloud_coordinator", "serve")
 
 
 class Served:
@@ -180,14 +182,29 @@ async def test_a_killed_worker_process_is_replaced(served: Served) -> None:
 
 
 async def shoal(*argv: str | Path) -> tuple[int, str, str]:
-    """Run a command of ``shoal``; return status, output and error output."""
-    process = await asyncio.create_subprocess_exec(
-        *SHOAL, *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
+    """Run a command of ``shoal`` in a thread; return status, output and error output."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["shoal", *map(str, argv)])
+        try:
+            async with asyncio.timeout(TIME_LIMIT_S):
+                await asyncio.to_thread(main)
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, out.getvalue(), err.getvalue()
+
+
+async def serve(*options: str | Path) -> tuple[int, str]:
+    """Run ``shoal serve`` as a process of its own to its end; return status and error output."""
+    process = await asyncio.create_subprocess_exec(*SERVE, *options, stderr=asyncio.subprocess.PIPE)
     async with asyncio.timeout(TIME_LIMIT_S):
-        out, err = await process.communicate()
+        _, err = await process.communicate()
     assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
+    return process.returncode, err.decode()
 
 
 async def test_an_operator_starts_and_watches_a_run(served: Served, tmp_path: Path) -> None:
@@ -222,7 +239,6 @@ async def test_commands_say_what_is_wrong_in_one_sentence(served: Served, tmp_pa
     bad_plan = tmp_path / "bad.toml"
     bad_plan.write_text('name = "x"\nruonds = 3\n[task]\nname = "t"\nuses = "u"\n')
     home = ("--home", served.home)
-    port = served.url.rpartition(":")[2]
     sentences: dict[tuple[str | Path, ...], str] = {
         ("run", "start", bad_plan, *home): "unknown key 'ruonds' at the top; did you mean 'rounds'",
         ("run", "start", tmp_path / "none.toml", *home): "cannot read",
@@ -231,8 +247,6 @@ async def test_commands_say_what_is_wrong_in_one_sentence(served: Served, tmp_pa
         ("device", "show", "nobody", *home): "there is no device 'nobody'",
         ("model", "show", "abc", *home): "no model version begins with 'abc'",
         ("run", "list", "--home", tmp_path / "x"): "no coordinator was started in",
-        ("serve", "--home", tmp_path / "y", "--port", port): "in use, so the API cannot start",
-        ("serve", *home): f"another coordinator (process {served.process.pid}) serves",
     }
     for argv, sentence in sentences.items():
         status, out, err = await shoal(*argv)
@@ -244,6 +258,19 @@ async def test_commands_say_what_is_wrong_in_one_sentence(served: Served, tmp_pa
     assert status == 1
     assert "no coordinator answers at" in err
     assert "start it with 'shoal serve --home" in err
+
+
+async def test_serve_does_not_share_its_home_or_its_port(served: Served, tmp_path: Path) -> None:
+    status, err = await serve("--home", served.home)
+    assert status == 1
+    assert f"shoal: another coordinator (process {served.process.pid}) serves" in err
+    port = served.url.rpartition(":")[2]
+    status, err = await serve("--home", tmp_path / "other", "--port", port)
+    assert status == 1
+    assert err.endswith(
+        f"shoal: port {port} on 127.0.0.1 is in use, so the API cannot start; "
+        "stop the other program or choose another port\n"
+    )
 
 
 async def test_serve_refuses_bad_settings_in_one_sentence(tmp_path: Path) -> None:
@@ -271,7 +298,7 @@ async def test_serve_names_the_port_of_the_broker_that_is_in_use(tmp_path: Path)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         options = ("--port", "0", "--fleet-port", "0", "--mqtt-port", str(port))
-        status, _, err = await shoal("serve", "--home", tmp_path, *options)
+        status, err = await serve("--home", tmp_path, *options)
     assert status == 1
     assert err.splitlines()[-1] == (
         f"shoal: port {port} on 127.0.0.1 is in use, so the embedded broker cannot start; "

@@ -125,3 +125,9 @@ def test_an_older_report_does_not_replace_a_newer_one(row: DeviceRow) -> None:
     hear(row, reported(1), sent=NOW + SECOND, at=NOW + 3 * SECOND)
     assert row.reported is not None
     assert row.reported["desired_version"] == 2
+
+
+def test_a_device_whose_clock_ran_ahead_is_heard_once_it_is_mended(row: DeviceRow) -> None:
+    hear(row, presence("ready", "boot-1"), sent=NOW + timedelta(days=1), at=NOW)
+    hear(row, presence("ready", "boot-2"), sent=NOW + SECOND)
+    assert row.boot == "boot-2"
