@@ -112,7 +112,8 @@ def _difference(before: DataEntry, after: DataEntry) -> str:
 
 def _show(entry: DataEntry, sentence: str) -> None:
     """Print the counts of one entry, and what they mean."""
-    table = Table("rows", "count", title=escape(f"{entry.name}: {entry.path}"))
+    typer.echo(f"{entry.name}: {entry.path}")
+    table = Table("rows", "count")
     table.add_row("usable", f"{entry.usable_rows:,}")
     table.add_row("  to train on", f"{entry.train_rows:,}")
     table.add_row("  held out", f"{entry.held_out_rows:,}")
