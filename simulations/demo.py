@@ -171,7 +171,7 @@ class _Demo:
             task=self.task,
             rounds=self.options.rounds,
             seed=self.options.seed,
-            training=TrainingPlan(max_batches=40, batch_size=32, learning_rate=0.05, momentum=0.9),
+            training=TrainingPlan(max_batches=80, batch_size=32, learning_rate=0.02, momentum=0.9),
             cohort=CohortPlan(
                 size=agents,
                 quorum=max(1, agents - 2),

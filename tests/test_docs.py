@@ -1,0 +1,62 @@
+"""What exists is documented: settings, routes, messages and states."""
+
+from enum import StrEnum
+from pathlib import Path
+
+import pytest
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+
+from cloud_coordinator.devices.api import router as devices
+from cloud_coordinator.health import router as health
+from cloud_coordinator.models.api import router as models
+from cloud_coordinator.models.lifecycle import VersionState
+from cloud_coordinator.rollouts.api import router as rollouts
+from cloud_coordinator.rounds.lifecycle import RoundState
+from cloud_coordinator.runs.api import router as runs
+from cloud_coordinator.runs.lifecycle import RunState
+from cloud_coordinator.runs.recruitment import InvitationState
+from cloud_coordinator.settings import Settings
+from edge_agent.settings import AgentSettings
+from shared.messages import DOWN, UP, Body, DeploymentState
+from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_every_setting_is_documented() -> None:
+    wanted = [f"`SHOAL_{name.upper()}`" for name in Settings.model_fields]
+    wanted += [f"`SHOAL_AGENT_{name.upper()}`" for name in AgentSettings.model_fields]
+    assert not [setting for setting in wanted if setting not in page("operation.md")]
+
+
+@pytest.mark.parametrize("struct", [RunPlan, TrainingPlan, CohortPlan])
+def test_every_key_of_a_plan_is_documented(struct: type) -> None:
+    sections = {"training", "cohort"}
+    plan = page("operation.md").split("## A plan")[1].split("## Settings")[0]
+    keys = set(struct.__struct_fields__) - sections - {"strategy"}  # type: ignore[attr-defined]
+    assert not [key for key in keys if f"\n{key} = " not in plan]
+
+
+@pytest.mark.parametrize("router", [devices, health, models, rollouts, runs])
+def test_every_route_is_documented(router: APIRouter) -> None:
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    assert routes
+    wanted = [f"`{method} {route.path}`" for route in routes for method in route.methods or ()]
+    assert not [route for route in wanted if route not in page("operation.md")]
+
+
+@pytest.mark.parametrize("body", [*UP, *DOWN])
+def test_every_message_is_documented(body: type[Body]) -> None:
+    assert f"| `{body.__struct_config__.tag}` |" in page("control.md")
+
+
+@pytest.mark.parametrize(
+    "states", [RunState, RoundState, InvitationState, VersionState, DeploymentState]
+)
+def test_every_state_is_documented(states: type[StrEnum]) -> None:
+    assert not [state for state in states if f"`{state.value}`" not in page("control.md")]
