@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -24,7 +25,6 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PushObjectRequest,
 )
-from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node, NodeInfo
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -63,7 +63,6 @@ from shared.tasks.spec import TaskSpec
 logger = logging.getLogger(__name__)
 _COMPONENT = "flwr-serverapp"
 _POLL_S = 0.1
-_OBJECT_PATIENCE_S = 60.0  # between a reply becoming visible and its last object
 _STOP_PATIENCE_S = 2.0
 _BATCH = 32  # replies asked for at once; what is in a batch is lost with the worker
 _SUPERLINK = Node(node_id=SUPERLINK_NODE_ID)
@@ -134,6 +133,7 @@ class RunGrid(Grid):
         self._call = caller.call
         self._expiry: dict[str, float] = {}  # of messages not answered yet, on time.monotonic()
         self._unwanted: set[str] = set()
+        self._arriving: dict[str, _Arrival] = {}  # by the id of the message that it answers
         self._heart = threading.Thread(
             target=caller.beat, args=(runtime,), name="task-heartbeat", daemon=True
         )
@@ -216,19 +216,24 @@ class RunGrid(Grid):
     def iter_replies(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """Yield the replies that are there, one in memory at a time.
 
-        A reply that failed anywhere comes as a message with an error; tell whose it is by
+        A reply whose upload is still under way is kept in mind and yielded by a later call. One
+        that failed anywhere comes as a message with an error; tell whose it is by
         ``metadata.reply_to_message_id``, since errors made by the SuperLink bear its own node id.
 
         Raises:
             UnavailableError: the SuperLink is gone, or has ended this run.
         """
-        for batch in _batches(list(message_ids)):
+        wanted = list(message_ids)
+        arriving = [message_id for message_id in wanted if message_id in self._arriving]
+        for message_id in arriving:
+            yield from self._receive(self._arriving.pop(message_id))
+        for batch in _batches([m for m in wanted if m not in arriving]):
             pulled = self._call(
                 self._runtime.PullMessages, PullAppMessagesRequest(message_ids=batch)
             )
             for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
-                self._expiry.pop(proto.metadata.reply_to_message_id, None)
-                yield self._receive(proto, tree)
+                expiry = self._expiry.pop(proto.metadata.reply_to_message_id, 0.0)
+                yield from self._receive(_Arrival(message_from_proto(proto), tree, expiry))
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are there; `iter_replies` needs less memory."""
@@ -243,6 +248,8 @@ class RunGrid(Grid):
         for message_id in unwanted:
             self._expiry.pop(message_id, None)
             self._confirm(message_id)
+            if arrival := self._arriving.pop(message_id, None):
+                self._confirm(arrival.tree.object_id)
         self._unwanted |= unwanted
         self._sweep()
 
@@ -271,37 +278,36 @@ class RunGrid(Grid):
         )
         self._call(self._runtime.PushObject, request)
 
-    def _receive(self, proto: ProtoMessage, tree: ObjectTree) -> Message:
-        """Fetch one reply's content, let the SuperLink forget it, and return the message."""
-        message = message_from_proto(proto)
-        if message.has_error():
-            self._confirm(tree.object_id)
-            return message
-        (content_tree,) = tree.children
-        try:
-            contents = {
-                part.object_id: self._pull_object(part.object_id)
-                for part in iterate_object_tree(content_tree)
-            }
-        except _ObjectMissingError:
-            self._confirm(tree.object_id)
-            return self._incomplete(message.metadata)
+    def _receive(self, arrival: "_Arrival") -> Iterator[Message]:
+        """Fetch one reply's content and let the SuperLink forget it; nothing while it uploads."""
+        message, tree = arrival.message, arrival.tree
+        if not message.has_error():
+            try:
+                message = self._with_content(message, tree)
+            except _StillUploadingError:
+                if time.monotonic() < arrival.deadline:
+                    self._arriving[message.metadata.reply_to_message_id] = arrival
+                    return
+                message = self._incomplete(message.metadata)
         self._confirm(tree.object_id)
+        yield message
+
+    def _with_content(self, message: Message, tree: ObjectTree) -> Message:
+        (content_tree,) = tree.children
+        contents = {}
+        for part in iterate_object_tree(content_tree):
+            request = PullObjectRequest(
+                node=_SUPERLINK, run_id=self._run.run_id, object_id=part.object_id
+            )
+            pulled = self._call(self._runtime.PullObject, request)
+            if not pulled.object_found:
+                return self._incomplete(message.metadata)
+            if not pulled.object_available:
+                raise _StillUploadingError
+            contents[part.object_id] = pulled.object_content
         content = inflate_object_from_contents(content_tree.object_id, contents)
         assert isinstance(content, RecordDict)
         return make_message(metadata=message.metadata, content=content)
-
-    def _pull_object(self, object_id: str) -> bytes:
-        """Fetch an object, waiting for an upload that is still under way."""
-        request = PullObjectRequest(node=_SUPERLINK, run_id=self._run.run_id, object_id=object_id)
-        deadline = time.monotonic() + _OBJECT_PATIENCE_S
-        while True:
-            pulled = self._call(self._runtime.PullObject, request)
-            if pulled.object_available:
-                return bytes(pulled.object_content)
-            overdue = time.monotonic() > deadline
-            if not pulled.object_found or overdue or self._end.wait(_POLL_S):
-                raise _ObjectMissingError
 
     def _incomplete(self, metadata: Metadata) -> Message:
         return make_message(
@@ -340,8 +346,17 @@ class RunGrid(Grid):
                 self._unwanted.discard(proto.metadata.reply_to_message_id)
 
 
-class _ObjectMissingError(Exception):
-    """A reply's object will not come."""
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A reply that the SuperLink has announced to us, and will not announce again."""
+
+    message: Message  # without its content
+    tree: ObjectTree
+    deadline: float  # of the question, on time.monotonic()
+
+
+class _StillUploadingError(Exception):
+    """A reply is visible before its last object is there."""
 
 
 def set_message_id(message: Message) -> None:

@@ -19,7 +19,7 @@ from shared.tasks.spec import TaskSpec
 CLIENT_APP = "edge_agent.training_app:app"
 _PROJECT_FILE = "pyproject.toml"
 # Flower demands a server app but does not start it: the run's worker plays that part.
-SERVER_APP = "cloud_coordinator.rounds.training_rounds:app"
+SERVER_APP = "cloud_coordinator.rounds.training_rounds:build_server_app"
 
 
 def run_bundle(

@@ -5,7 +5,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +55,32 @@ def test_a_reply_is_pulled_once_the_node_has_worked(grid: RunGrid, join: Join) -
 
     assert reply.metadata.reply_to_message_id == message_id
     assert reply.metadata.src_node_id == node.node_id
+    assert reply.content.config_records["n"]["n"] == 1
+
+
+def test_a_reply_that_is_still_uploading_delays_nobody(
+    grid: RunGrid, join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = join()
+    uploading, may_go_on = threading.Event(), threading.Event()
+    push_object = node._client.PushObject
+
+    def push_slowly(*request: Any) -> Any:
+        uploading.set()
+        assert may_go_on.wait(DEADLINE_S)
+        return push_object(*request)
+
+    monkeypatch.setattr(node._client, "PushObject", push_slowly)
+    (message_id,) = grid.push_messages([question(node.node_id)])
+    with ThreadPoolExecutor(1) as device:
+        work = device.submit(lambda: list(node.work()))
+        assert uploading.wait(DEADLINE_S)
+        before = [grid.pull_messages([message_id]) for _ in range(2)]
+        may_go_on.set()
+        assert work.result(DEADLINE_S) == [message_id]
+
+    assert before == [[], []]
+    (reply,) = grid.pull_messages([message_id])
     assert reply.content.config_records["n"]["n"] == 1
 
 
