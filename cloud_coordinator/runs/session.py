@@ -227,6 +227,7 @@ class RunSession:
                 await self._see_device(device)
             case BrokerBack():
                 await self._tend_invitations()
+                await self._nudge(tuple(self._recruitment.joined))  # some may have missed theirs
             case _WorkerEnded(status):
                 return self._judge_end(status)
             case _SuperLinkEnded():
@@ -294,6 +295,8 @@ class RunSession:
     async def _see_device(self, device: Device) -> None:
         if not device.online:
             await self._lose(device.device_id, "went offline")
+        elif device.device_id in self._recruitment.joined:  # it was away, and may have missed one
+            await self._nudge((device.device_id,))
         await self._tend_invitations()
 
     async def _lose(self, device_id: str, cause: str) -> None:
