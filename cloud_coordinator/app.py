@@ -65,7 +65,8 @@ logger = logging.getLogger(__name__)
 
 WORKER = (sys.executable, "-m", "cloud_coordinator.rounds.run_worker")
 _RESTART_WINDOW_S = 5.0  # over which agents spread their return after a goodbye
-_FORGET_EVERY_S = 3600.0
+_HOUSEKEEPING_EVERY_S = 300.0
+_NAMED_WITHIN = timedelta(minutes=5)  # a blob that a run still means to name is younger
 _STATUSES: dict[type[ShoalError], int] = {
     ConfigError: 400,
     PeerError: 400,
@@ -173,7 +174,7 @@ class Coordinator:
                     await jobs.enter_async_context(_job(group, supervisor.name, supervisor.run()))
                 await jobs.enter_async_context(_job(group, "control-link", self.link.run()))
                 jobs.push_async_callback(self.link.say_goodbye, _RESTART_WINDOW_S)
-                await jobs.enter_async_context(_job(group, "forget", self._forget_handled()))
+                await jobs.enter_async_context(_job(group, "housekeeping", self._keep_house()))
                 await jobs.enter_async_context(_job(group, "runs", self.runs.run()))
                 yield
         finally:
@@ -240,14 +241,19 @@ class Coordinator:
         await self.rollouts.say_all()
         self.runs.broker_is_back()
 
-    async def _forget_handled(self) -> None:
+    async def _keep_house(self) -> None:
+        """Bound what a long life leaves behind, also while runs go on for days."""
         while True:
             await self.devices.forget_handled()
-            await asyncio.sleep(_FORGET_EVERY_S)
+            await asyncio.to_thread(self._tidy_up, _NAMED_WITHIN)
+            await asyncio.sleep(_HOUSEKEEPING_EVERY_S)
 
-    def _tidy_up(self) -> None:
-        """Remove blobs that nothing needs; called while no run is active."""
-        began = utc_now()
+    def _tidy_up(self, spare: timedelta = timedelta()) -> None:
+        """Remove blobs that nothing needs, but for those younger than ``spare``.
+
+        Nothing need be spared while no run is active.
+        """
+        began = utc_now() - spare
         protect = self.rollouts.versions_in_use()
         keep = self.records.blobs_in_use() | self.models.blobs_to_keep(protect=protect)
         if removed := self.blobs.collect(keep, before=began):

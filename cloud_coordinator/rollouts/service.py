@@ -51,8 +51,7 @@ class RolloutService:
         """Let every device with data for the task serve this version, now and later.
 
         Raises:
-            NotFoundError: there is no such version.
-            IllegalTransitionError: it was superseded already.
+            NotFoundError: there is no such version, or its files were tidied away.
         """
         devices = await self._devices.devices()
         changed = await asyncio.to_thread(self._set_target, task_name, model_version, devices)

@@ -105,7 +105,7 @@ def endpoint(fleet: LocalFleet, name: str) -> str:
     return str(msgspec.json.decode(status)["inference_url"])
 
 
-def test_a_fleet_learns_and_every_agent_serves_the_result_and_then_a_better_one(
+def test_every_agent_serves_the_result_then_a_better_one_then_the_first_again_if_asked(
     fleet: LocalFleet, digits: ImageDataset
 ) -> None:
     first = finished(fleet, fleet.post("/v1/runs", plan(digits, rounds=1))["run_id"])
@@ -118,6 +118,8 @@ def test_a_fleet_learns_and_every_agent_serves_the_result_and_then_a_better_one(
             assert client.versions == [second["model_version"]]
             answers = client.infer(digits.test.inputs.astype(np.float32)).argmax(axis=1)
         assert np.mean(answers == digits.test.targets) >= 0.9
+    fleet.post(f"/v1/models/{first['model_version']}/deploy")
+    all_serve(fleet, first["model_version"])
 
 
 def test_a_run_ends_by_itself_after_its_coordinator_was_killed_in_mid_round(
