@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import os
 import random
-import shutil
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,9 +15,9 @@ from shared.errors import ConfigError, UnavailableError
 from shared.listening import free_port
 from shared.messages import MAX_MESSAGE_BYTES
 from shared.mqtt import MAX_PACKET_BYTES, MqttSession, Outgoing
+from tests.system_packages import require_program
 
 TIME_LIMIT_S = 15.0
-PROGRAMS = f"{os.environ.get('PATH', '')}:/usr/sbin"
 
 
 class RunningBroker:
@@ -41,10 +39,8 @@ class RunningBroker:
 
 @pytest.fixture(params=["embedded", "mosquitto"])
 async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RunningBroker]:
-    if request.param == "mosquitto" and shutil.which("mosquitto", path=PROGRAMS) is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("the Debian package mosquitto is missing")
-        pytest.skip("needs the Debian package mosquitto")
+    if request.param == "mosquitto":
+        require_program("mosquitto", package="mosquitto")
     started = RunningBroker(request.param, tmp_path)
     await started.start()
     yield started

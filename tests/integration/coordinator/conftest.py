@@ -1,6 +1,5 @@
 """Databases of both kinds for the coordinator's tests; PostgreSQL as a cluster of our own."""
 
-import glob
 import os
 import pwd
 import shutil
@@ -17,6 +16,7 @@ import pytest
 from cloud_coordinator.database import Database
 from shared.child import die_with_parent
 from shared.listening import free_port
+from tests.system_packages import require_program
 
 TIME_LIMIT_S = 60.0
 
@@ -24,11 +24,7 @@ TIME_LIMIT_S = 60.0
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """Start a throw-away cluster; skip, or fail under CI, where PostgreSQL is missing."""
-    programs = _find_programs()
-    if programs is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("the Debian package postgresql is missing")
-        pytest.skip("needs the Debian package postgresql")
+    programs = require_program("initdb", package="postgresql").resolve().parent
     user = _unprivileged_user()
     folder = Path(tempfile.mkdtemp(prefix="shoal-pg-"))
     if user is not None:
@@ -75,15 +71,6 @@ def database(database_url: str) -> Iterator[Database]:
     opened.migrate()
     yield opened
     opened.close()
-
-
-def _find_programs() -> Path | None:
-    folders = sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)  # noqa: PTH207  # absolute
-    folders += os.environ.get("PATH", "").split(os.pathsep)
-    for folder in map(Path, folders):
-        if (folder / "initdb").exists() and (folder / "postgres").exists():
-            return folder
-    return None
 
 
 def _unprivileged_user() -> str | None:

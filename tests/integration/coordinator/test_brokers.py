@@ -1,7 +1,6 @@
 """The brokers that the coordinator starts, and what it says when one cannot be started."""
 
 import asyncio
-import os
 import random
 import shutil
 import signal
@@ -22,21 +21,16 @@ from shared.errors import ConfigError, UnavailableError
 from shared.listening import free_port
 from shared.messages import MAX_MESSAGE_BYTES
 from shared.mqtt import MqttSession, Outgoing
+from tests.system_packages import require_program
 
 TIME_LIMIT_S = 30.0
 
 
 @pytest.fixture(params=["embedded", "mosquitto"])
 def broker(request: pytest.FixtureRequest) -> BrokerPlan:
-    if request.param == "mosquitto" and not _has_mosquitto():
-        if os.environ.get("CI") == "true":
-            pytest.fail("the Debian package mosquitto is missing")
-        pytest.skip("needs the Debian package mosquitto")
+    if request.param == "mosquitto":
+        require_program("mosquitto", package="mosquitto")
     return plan_broker(request.param, host="127.0.0.1", port=free_port())
-
-
-def _has_mosquitto() -> bool:
-    return shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is not None
 
 
 async def test_a_message_as_large_as_ours_may_be_passes_through(

@@ -1,8 +1,5 @@
 """The stated accuracy of the built-in small CNN, on the data and by the rounds of the demo."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,22 +13,20 @@ from shared.tasks.sources import read_source
 from shared.tasks.task import seeded_model
 from shared.tasks.vectors import to_vector
 from simulations.partition import dirichlet_partition
+from tests.system_packages import require_fashion_mnist
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 SEED = 7
 PLAN = TrainingPlan(max_batches=40, batch_size=32, learning_rate=0.05, momentum=0.9)
 
 
 @pytest.mark.slow
 def test_ten_rounds_of_five_skewed_devices_reach_84_percent_on_fashion_mnist() -> None:
-    if not FASHION.exists():
-        assert not os.environ.get("CI"), "install the Debian package dataset-fashion-mnist"
-        pytest.skip("needs the Debian package dataset-fashion-mnist")
+    folder = require_fashion_mnist()
     task = ImageClassification.from_options(
         {"height": 28, "width": 28, "labels": list("abcdefghij"), "loss": "balanced"}
     )
     data, test = (
-        read_source(FASHION / f"{name}-images-idx3-ubyte.gz", task.contract).examples
+        read_source(folder / f"{name}-images-idx3-ubyte.gz", task.contract).examples
         for name in ("train", "t10k")
     )
     rng = np.random.default_rng(SEED)

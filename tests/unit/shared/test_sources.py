@@ -10,6 +10,7 @@ from PIL import Image
 from shared.errors import DataError
 from shared.tasks.contract import DataContract, Feature, ImageShape
 from shared.tasks.sources import read_source
+from tests.system_packages import require_fashion_mnist
 
 PUMPS = DataContract(
     sources=("csv", "npz"),
@@ -34,7 +35,6 @@ PICTURES = DataContract(
     labels=("cat", "dog"),
     max_bad_fraction=0.5,
 )
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def write_csv(folder: Path, text: str) -> Path:
@@ -343,10 +343,7 @@ def test_damaged_idx_files_are_refused(
 
 
 def test_fashion_mnist_is_read_as_debian_ships_it() -> None:
-    images = FASHION / "t10k-images-idx3-ubyte.gz"
-    if not images.exists():
-        assert not os.environ.get("CI"), "install the Debian package dataset-fashion-mnist"
-        pytest.skip("needs the Debian package dataset-fashion-mnist")
+    images = require_fashion_mnist() / "t10k-images-idx3-ubyte.gz"
     contract = DataContract(
         sources=("idx",), image=ImageShape(28, 28, 1), labels=tuple("abcdefghij")
     )
