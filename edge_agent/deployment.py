@@ -25,8 +25,8 @@ from shared.errors import (
     UnfitModelError,
     UntrustedModelError,
 )
-from shared.manifest import SignedManifest, open_manifest
 from shared.messages import DeploymentState
+from shared.signed_manifest import SignedManifest, open_manifest
 from shared.signing import VerifyingKey
 
 logger = logging.getLogger(__name__)

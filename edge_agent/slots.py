@@ -14,7 +14,6 @@ What was staged but never switched to is found again by `Slots.find`, so a resta
 activates it without another download; so is the previous version, when it is desired again.
 """
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Mapping
@@ -23,13 +22,12 @@ from typing import Literal
 
 import msgspec
 
+from edge_agent.slot_files import MANIFEST, MODEL, sealed_manifest
 from shared.errors import UntrustedModelError
 from shared.files import explained_disk_errors, sha256_of, sync_directory, write_atomic
-from shared.manifest import Manifest, SignedManifest, open_manifest
+from shared.signed_manifest import SignedManifest, open_manifest
 from shared.signing import VerifyingKey
 
-MANIFEST = "manifest.json"
-MODEL = "model.onnx"
 SlotName = Literal["a", "b"]
 _OTHER: Mapping[SlotName, SlotName] = {"a": "b", "b": "a"}
 
@@ -41,10 +39,6 @@ class _Pointer(msgspec.Struct, frozen=True):
 
     current: SlotName | None = None
     previous: SlotName | None = None
-
-
-class _Sealed(msgspec.Struct, frozen=True, rename="camel"):
-    payload: bytes
 
 
 class Slots:
@@ -143,24 +137,7 @@ def verified_manifest(slot: Path, trusted: Mapping[str, VerifyingKey]) -> Signed
     Raises:
         UntrustedModelError: missing, unreadable, or signed by none of the ``trusted`` keys.
     """
-    return open_manifest(_read(slot / MANIFEST), trusted=trusted)
-
-
-def unverified_manifest(slot: Path) -> tuple[str, Manifest]:
-    """Read a slot's manifest and its version without checking who signed it.
-
-    For the agent's own children: the daemon checked the signature before it named the slot to them,
-    and compares the version that they report with the one that it meant.
-
-    Raises:
-        UntrustedModelError: missing, or not a manifest.
-    """
-    try:
-        payload = msgspec.json.decode(_read(slot / MANIFEST), type=_Sealed).payload
-        manifest = msgspec.json.decode(payload, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise UntrustedModelError(f"{slot / MANIFEST} is not a manifest: {error}") from error
-    return hashlib.sha256(payload).hexdigest(), manifest
+    return open_manifest(sealed_manifest(slot), trusted=trusted)
 
 
 def _holds(slot: Path, version: str, trusted: Mapping[str, VerifyingKey]) -> bool:
@@ -169,13 +146,6 @@ def _holds(slot: Path, version: str, trusted: Mapping[str, VerifyingKey]) -> boo
         return found.version == version and sha256_of(slot / MODEL) == found.manifest.shipped.sha256
     except (UntrustedModelError, OSError):
         return False
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UntrustedModelError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _clear(slot: Path) -> None:

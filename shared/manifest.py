@@ -1,27 +1,23 @@
-"""The signed description of one model version: what it is, what it eats, where it came from.
+"""What describes one model version: what it is, what it eats, where it came from. Types alone.
 
 A version is named by the SHA-256 of its manifest's exact bytes; the manifest names each artifact by
-the SHA-256 of its file. Agents serve nothing whose manifest the model key has not signed.
+the SHA-256 of its file. Signing and checking are in signed_manifest.py, so that the inference
+server, which does neither, carries no cryptography.
 """
 
-import hashlib
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from shared.errors import PeerError, UntrustedModelError
-from shared.messages import Digest
-from shared.signing import SigningKey, VerifyingKey, open_sealed, seal
 from shared.tasks.spec import TaskSpec
 
-PAYLOAD_TYPE = "application/vnd.shoal.manifest.v1+json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a golden batch of one 224 x 224 colour image takes 1.1 MB
 MAX_ARTIFACT_BYTES = 2 * 1024**3
 # What an artifact may ask of ONNX Runtime; anything else in `session_config` is refused.
 ALLOWED_SESSION_CONFIG = frozenset({"session.disable_quant_qdq"})
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]  # hex SHA-256
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -82,52 +78,3 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def shipped(self) -> Artifact:
         """The artifact that devices serve."""
         return next(a for a in self.artifacts if a.variant == self.ship)
-
-
-class SignedManifest(msgspec.Struct, frozen=True):
-    """A manifest that was checked, its name, and the sealed bytes that prove it."""
-
-    version: str  # hex SHA-256 of the manifest's bytes
-    manifest: Manifest
-    sealed: bytes
-
-
-def sign_manifest(manifest: Manifest, key: SigningKey) -> SignedManifest:
-    """Serialise, name and sign ``manifest``."""
-    payload = msgspec.json.encode(manifest)
-    sealed = seal(payload, payload_type=PAYLOAD_TYPE, key=key)
-    return SignedManifest(hashlib.sha256(payload).hexdigest(), manifest, sealed)
-
-
-def open_manifest(
-    sealed: bytes, *, trusted: Mapping[str, VerifyingKey], version: str | None = None
-) -> SignedManifest:
-    """Check a sealed manifest and return it.
-
-    Args:
-        sealed: what was downloaded.
-        trusted: model keys by key id.
-        version: the digest that was asked for, if one was.
-
-    Raises:
-        UntrustedModelError: too large, signed by nobody trusted, altered, another version, or it
-            asks for something that is not allowed.
-    """
-    if len(sealed) > MAX_MANIFEST_BYTES:
-        raise UntrustedModelError(f"manifest of {len(sealed)} bytes is over {MAX_MANIFEST_BYTES}")
-    try:
-        payload = open_sealed(sealed, payload_type=PAYLOAD_TYPE, trusted=trusted)
-        manifest = msgspec.json.decode(payload, type=Manifest)
-    except (PeerError, msgspec.DecodeError) as error:
-        raise UntrustedModelError(f"manifest cannot be trusted: {error}") from error
-    digest = hashlib.sha256(payload).hexdigest()
-    if version is not None and digest != version:
-        raise UntrustedModelError(f"asked for version {version[:12]} and got {digest[:12]}")
-    if all(a.variant != manifest.ship for a in manifest.artifacts):
-        raise UntrustedModelError(
-            f"manifest ships {manifest.ship!r} but describes no such artifact"
-        )
-    for artifact in manifest.artifacts:
-        if extra := artifact.session_config.keys() - ALLOWED_SESSION_CONFIG:
-            raise UntrustedModelError(f"artifact asks for session settings {sorted(extra)}")
-    return SignedManifest(digest, manifest, sealed)

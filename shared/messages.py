@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.errors import PeerError
+from shared.manifest import Digest
 from shared.signing import SigningKey, VerifyingKey, open_sealed, seal
 from shared.tasks.spec import TaskSpec
 
@@ -35,7 +36,6 @@ DEVICE_ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 MAX_TEXT_LENGTH = 500
 Text = Annotated[str, Meta(max_length=MAX_TEXT_LENGTH)]
 Identifier = Annotated[str, Meta(max_length=128)]
-Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):

@@ -30,9 +30,10 @@ from cloud_coordinator.models.pipeline_messages import (
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
 from shared.files import sha256_of
-from shared.manifest import Artifact, Lineage, Manifest, SignedManifest, sign_manifest
+from shared.manifest import Artifact, Lineage, Manifest
 from shared.messages import utc_now
 from shared.run_plan import RunPlan
+from shared.signed_manifest import SignedManifest, sign_manifest
 from shared.signing import SigningKey
 
 logger = logging.getLogger(__name__)

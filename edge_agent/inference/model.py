@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_agent.inference.engine import DTYPES, Array, Engine, EngineOptions
-from edge_agent.slots import MODEL, unverified_manifest
+from edge_agent.slot_files import MODEL, unverified_manifest
 from shared.errors import UnfitModelError, UntrustedModelError
 from shared.manifest import Manifest, TensorSpec
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.inference.messages import SelfTestAnswer, SelfTestRefusal, SelfTestResult
-from edge_agent.slots import MODEL
+from edge_agent.slot_files import MODEL
 from shared.errors import UnavailableError, UnfitModelError
 
 TIME_LIMIT_S = 60.0

@@ -33,10 +33,10 @@ from shared.errors import (
     UnfitModelError,
     UntrustedModelError,
 )
-from shared.manifest import open_manifest
 from shared.parameters import save_vectors
 from shared.request_signing import signed_headers
 from shared.run_plan import RunPlan
+from shared.signed_manifest import open_manifest
 from shared.signing import SigningKey, VerifyingKey
 from shared.tasks.registry import load_task
 from shared.tasks.spec import TaskSpec

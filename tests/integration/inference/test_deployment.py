@@ -19,10 +19,10 @@ from edge_agent.deployment import Deployment
 from edge_agent.download import Downloader, Patience
 from edge_agent.inference.messages import SelfTestResult
 from edge_agent.inference.supervisor import InferenceServer
-from edge_agent.slots import MODEL
+from edge_agent.slot_files import MODEL
 from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
-from shared.manifest import sign_manifest
 from shared.messages import DeploymentState
+from shared.signed_manifest import sign_manifest
 from shared.signing import SigningKey
 from tests.integration.inference.conftest import RNG, running
 from tests.integration.inference.tiny_models import (

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from edge_agent.inference.messages import SelfTestRefusal
 from edge_agent.inference.self_test import self_test
 from edge_agent.inference.trial import run_self_test
-from edge_agent.slots import MODEL
+from edge_agent.slot_files import MODEL
 from shared.errors import UnavailableError, UnfitModelError
 from shared.manifest import TensorSpec
 from tests.integration.inference.tiny_models import (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.slots import MANIFEST, MODEL, Slots, unverified_manifest, verified_manifest
+from edge_agent.slot_files import MANIFEST, MODEL, unverified_manifest
+from edge_agent.slots import Slots, verified_manifest
 from shared.errors import UntrustedModelError
 from shared.signing import SigningKey
 from tests.integration.inference.crashing_slots import VERSIONS

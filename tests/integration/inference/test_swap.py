@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge_agent.inference.supervisor import ADDRESS_FILE, InferenceServer
-from edge_agent.slots import MODEL
+from edge_agent.slot_files import MODEL
 from shared.errors import ConfigError, UnavailableError, UnfitModelError
 from tests.integration.inference.conftest import RNG, running
 from tests.integration.inference.tiny_models import (

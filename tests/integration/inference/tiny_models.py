@@ -12,16 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_agent.slots import MANIFEST, MODEL
-from shared.manifest import (
-    Artifact,
-    GoldenBatch,
-    Lineage,
-    Manifest,
-    SignedManifest,
-    TensorSpec,
-    sign_manifest,
-)
+from edge_agent.slot_files import MANIFEST, MODEL
+from shared.manifest import Artifact, GoldenBatch, Lineage, Manifest, TensorSpec
+from shared.signed_manifest import SignedManifest, sign_manifest
 from shared.signing import SigningKey
 from shared.tasks.spec import TaskSpec
 
