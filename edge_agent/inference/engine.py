@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from onnxruntime.capi.onnxruntime_inference_collection import InferenceSession
 
+from edge_agent.inference.onnx_file import require_self_contained
 from shared.errors import UnfitModelError
 from shared.manifest import ALLOWED_SESSION_CONFIG, TensorSpec
 
@@ -81,9 +82,11 @@ class Engine:
         """Load ``content`` and compare it with the signature that its manifest promises.
 
         Raises:
-            UnfitModelError: it does not load, needs too much memory, or has another signature.
+            UnfitModelError: it does not load, needs too much memory, has another signature, or
+                takes data from other files.
         """
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        require_self_contained(content)
         self._session = _open(content, session_config, options or EngineOptions())
         _require_signature("input", self.inputs, self._session.get_inputs())
         _require_signature("output", self.outputs, self._session.get_outputs())
