@@ -164,7 +164,7 @@ class ControlLink:
                 continue
             try:
                 await self._session.publish(message)
-            except UnavailableError:
+            except (UnavailableError, asyncio.CancelledError):  # a broken connection cancels us
                 self._unsent.appendleft((expires_at, message))
                 raise
 

@@ -180,7 +180,8 @@ class MqttSession:
         self.connected.clear()
         now = asyncio.get_running_loop().time()
         for deadline in self._waiting_calls:
-            deadline.reschedule(now)
+            if not deadline.expired():  # asyncio refuses to move one that has just passed
+                deadline.reschedule(now)
 
     def _draw_delay(self, failures: int) -> float:
         """Return the seconds before the next attempt: full jitter, so that no fleet marches."""

@@ -1,5 +1,7 @@
 """The agent's link while no broker is there: nothing that matters is lost, nothing raises."""
 
+import asyncio
+import contextlib
 import random
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -29,6 +31,7 @@ from shared.messages import (
     new_envelope,
     topic_of,
 )
+from shared.mqtt import Outgoing
 from shared.signing import SigningKey
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -100,6 +103,25 @@ async def test_what_still_matters_later_is_kept_and_the_rest_is_not(agent: Fixtu
     topics = [message.topic.rpartition("/")[2] for _, message in agent.link._unsent]
     assert topics == ["announce"]
     assert len(agent.outbox) == 0
+
+
+async def test_what_a_breaking_connection_cuts_off_is_said_after_the_next(
+    agent: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await agent.link.send(ReplyWaiting(run_id="r", session_id="s", message_id="m"))
+    publishing = asyncio.Event()
+
+    async def hang(_: Outgoing) -> None:
+        publishing.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(agent.link._session, "publish", hang)
+    greeting = asyncio.create_task(agent.link._send_unsent())
+    await asyncio.wait_for(publishing.wait(), 10)
+    greeting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await greeting
+    assert len(agent.link._unsent) == 1
 
 
 async def test_a_full_disk_is_logged_and_does_not_end_the_agent(
