@@ -100,15 +100,15 @@ class Child:
             kind: a struct or a union of structs, which is why the type checker cannot tell.
 
         Raises:
-            PeerError: a line is not a ``kind``; our own child is then another version.
+            PeerError: a line is too long or not a ``kind``; our own child is then another version.
         """
-        assert self._process.stdout is not None
         decoder = msgspec.json.Decoder(kind)
-        async for line in self._process.stdout:
+        while line := await self._next_line():
             try:
-                yield decoder.decode(line)
+                message = decoder.decode(line)
             except msgspec.DecodeError as error:
                 raise PeerError(f"{self.name} said {line[:200]!r}: {error}") from error
+            yield message
 
     async def wait(self) -> int:
         """Wait for the end and return the exit status."""
@@ -135,6 +135,13 @@ class Child:
             return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
         return ""
 
+    async def _next_line(self) -> bytes:
+        assert self._process.stdout is not None
+        try:
+            return await self._process.stdout.readline()
+        except ValueError as error:  # asyncio's word for a line over the limit
+            raise PeerError(f"{self.name} said too much in one line: {error}") from error
+
     def _signal(self, number: int) -> None:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -146,7 +153,7 @@ class ParentLink(Generic[Incoming]):
 
     def __init__(self, kind: Any) -> None:  # a struct, or a union of structs
         # Libraries print; only our messages may reach the pipe: stdout is moved out of their way.
-        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         # A reader of its own: the interpreter aborts at exit if a thread still holds sys.stdin.
         self._in = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
@@ -156,14 +163,19 @@ class ParentLink(Generic[Incoming]):
         threading.Thread(target=self._read, name="parent-link", daemon=True).start()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Write one message to the parent; from any thread."""
-        with self._lock:
+        """Write one message, from any thread; a parent that is gone swallows it."""
+        with self._lock, contextlib.suppress(BrokenPipeError):
             self._out.write(_ENCODER.encode(message) + b"\n")
+            self._out.flush()
 
     def _read(self) -> None:
-        for line in self._in:
-            self.incoming.put(self._decoder.decode(line))
-        self.incoming.put(None)  # the parent closed the pipe: end
+        try:
+            for line in self._in:
+                self.incoming.put(self._decoder.decode(line))
+        except msgspec.DecodeError as error:  # our parent is another version: end
+            sys.stderr.write(f"the parent said what cannot be understood: {error}\n")
+        finally:
+            self.incoming.put(None)  # the parent closed the pipe: end
 
 
 def die_with_parent() -> None:
