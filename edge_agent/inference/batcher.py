@@ -5,6 +5,7 @@ is already there. So there is one worker thread per model; a lone request goes t
 """
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ import numpy as np
 
 from edge_agent.inference.engine import Array, Engine
 from shared.errors import UnfitModelError
+
+logger = logging.getLogger(__name__)
 
 MAX_ROWS = 64  # beyond, a larger batch delays its first request more than it helps the last
 
@@ -107,8 +110,12 @@ class Batcher:
         try:
             return self._run(batch)
         except UnfitModelError as error:
-            if len(batch) == 1:
-                return [(batch[0], error)]
+            cause = error
+        except Exception as error:  # were the worker to end, every later request would hang
+            logger.exception("a run failed in a way that no model should")
+            cause = UnfitModelError(f"the model failed with {type(error).__name__}")
+        if len(batch) == 1:
+            return [(batch[0], cause)]
         return [outcome for request in batch for outcome in self._run_all([request])]
 
     def _run(self, batch: list[_Request]) -> list[_Outcome]:

@@ -28,6 +28,8 @@ class GatedEngine(Engine):
         assert self.gate.acquire(timeout=10)
         if (feeds["x"] == 13).any():
             raise UnfitModelError("thirteen")
+        if (feeds["x"] == 14).any():
+            raise KeyError("a mistake of ours")
         return super().run(feeds)
 
 
@@ -79,6 +81,16 @@ async def test_only_the_request_that_makes_the_model_fail_fails() -> None:
     assert [len(result[0]) for result in results] == [1, 1]
     with pytest.raises(UnfitModelError, match="thirteen"):
         await asyncio.wait_for(bad, 10)
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_a_mistake_of_ours_fails_its_request_and_not_all_that_follow() -> None:
+    engine = GatedEngine()
+    batcher = Batcher(engine, loop=asyncio.get_running_loop(), on_run=lambda _: None)
+    engine.gate.release(2)
+    with pytest.raises(UnfitModelError, match="failed with KeyError"):
+        await asyncio.wait_for(batcher.submit(rows(14)), 10)
+    assert len((await asyncio.wait_for(batcher.submit(rows(1)), 10))[0]) == 1
     await asyncio.to_thread(batcher.close)
 
 
