@@ -13,6 +13,7 @@ from cloud_coordinator.commands.models import models, rollouts
 from cloud_coordinator.commands.output import print_json
 from cloud_coordinator.commands.runs import runs
 from cloud_coordinator.settings import load_settings
+from shared.files import make_folder
 from shared.listening import require_loopback
 from shared.logs import configure_logging
 
@@ -86,7 +87,7 @@ def broker_config(
 ) -> None:
     """Write a mosquitto configuration for 'shoal serve --broker mqtt://host:port'."""
     require_loopback(host, purpose="mosquitto")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     path = write_mosquitto_config(out, host=host, port=port)
     if as_json:
         print_json({"path": str(path)})

@@ -15,6 +15,7 @@ import uvicorn
 from cloud_coordinator.app import Coordinator, Parts
 from cloud_coordinator.settings import Settings, choose_ports, write_service
 from shared.errors import ShoalError, UnavailableError
+from shared.files import make_folder
 from shared.listening import require_free_port
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def run_service(settings: Settings, parts: Parts | None = None) -> None:
     Raises:
         ShoalError: the service cannot be started, in one sentence.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.home)
     with _only_one(settings.home):
         chosen = choose_ports(settings)
         require_free_port(chosen.host, chosen.port, purpose="the API")

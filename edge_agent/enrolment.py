@@ -66,24 +66,34 @@ def enroll(home: Path, coordinator_url: str, token: str, device_id: str | None) 
         device_id: the name wished for; None lets the coordinator choose.
 
     Raises:
-        ConfigError: enrolled already, not a token, or the coordinator refused it.
+        ConfigError: enrolled already, not a token, a damaged key file, or the coordinator refused.
         PeerError: the answer does not come from the coordinator that made the token.
         UnavailableError: no coordinator answers there.
     """
-    if (home / _REPLY_FILE).exists():
+    if is_enrolled(home):
         enrolled = load_enrolment(home)
         raise ConfigError(
             f"{home} is enrolled already as {enrolled.device_id}; choose another --home"
         )
     parsed = JoinToken.parse(token)
-    identity = SigningKey.load_or_create(home / "identity.pem")
-    node_key = _load_or_create_node_key(home / "node.pem")
+    try:
+        identity = SigningKey.load_or_create(home / "identity.pem")
+        node_key = _load_or_create_node_key(home / "node.pem")
+    except ValueError as error:
+        raise ConfigError(
+            f"a key file in {home} is damaged ({error}); enrol with a new --home"
+        ) from error
     request = _signed_request(parsed, identity, node_key, device_id)
     sealed = _ask(coordinator_url, request)
     open_reply(sealed, parsed.coordinator_key_id)
     write_private(home / _PIN_FILE, parsed.coordinator_key_id.encode())
     write_atomic(home / _REPLY_FILE, sealed)
     return load_enrolment(home)
+
+
+def is_enrolled(home: Path) -> bool:
+    """Return whether `enroll` came to its end here."""
+    return (home / _REPLY_FILE).exists()
 
 
 def load_enrolment(home: Path) -> Enrolment:

@@ -16,6 +16,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from shared.errors import ConflictError, UnavailableError
+from shared.files import make_folder
 
 _SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -45,7 +46,7 @@ class AgentState:
             UnavailableError: it is damaged, from a newer agent, or the disk is full.
         """
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with self._explained():
             self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)
         try:
@@ -123,7 +124,7 @@ def only_agent_of(home: Path) -> Iterator[None]:
     Raises:
         ConflictError: one is running.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    make_folder(home)
     with _lock_file(home).open("a") as file:
         # `is_running` holds the lock for a moment, so one refusal is not yet an answer.
         if not any(_try_lock(file.fileno(), wait_s=0.02) for _ in range(10)):

@@ -17,29 +17,33 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Replace ``path`` by ``content`` in one step, durable before it returns.
 
     Raises:
-        UnavailableError: the disk is full; nothing was changed.
+        UnavailableError: the disk is full or its folder cannot be used; nothing was changed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
-        _refuse_full_disk(error, path.parent)
-        raise
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-    sync_directory(path.parent)
+    with explained_disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                Path(temporary).unlink()
+        sync_directory(path.parent)
 
 
 def write_private(path: Path, content: bytes) -> None:
     """As ``write_atomic``, readable by the owner alone."""
     write_atomic(path, content, mode=0o600)
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` with its parents; raise UnavailableError where that cannot be done."""
+    with explained_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -48,9 +52,13 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _refuse_full_disk(error, folder)
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise UnavailableError(
+                f"no space left on the disk that holds {folder}; free some and try again"
+            ) from error
         raise UnavailableError(
-            f"cannot write to {folder}: {error.strerror}; check the disk and its permissions"
+            f"cannot write to {folder}: {error.strerror}; check the path, the disk and who may "
+            "write there"
         ) from error
 
 
@@ -70,10 +78,3 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _refuse_full_disk(error: OSError, folder: Path) -> None:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        raise UnavailableError(
-            f"no space left on the disk that holds {folder}; free some and try again"
-        ) from error

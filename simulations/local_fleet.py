@@ -15,6 +15,7 @@ import httpx
 
 from shared.child import die_with_parent
 from shared.errors import UnavailableError
+from shared.files import make_folder
 
 T = TypeVar("T")
 _STOP_DEADLINE_S = 20.0
@@ -25,7 +26,7 @@ class Program:
     """One of our programs as a child process, its output in a log file."""
 
     def __init__(self, argv: list[str], *, log_path: Path, outlive_us: bool = False) -> None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log_path.parent)
         self.log_path = log_path
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
