@@ -6,6 +6,7 @@ and served; then the same test images go to each agent's endpoint. Started again
 it goes on with the devices, and with the run, that are there.
 """
 
+import signal
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from rich.console import Console
 from rich.live import Live
 
 from edge_agent.data_registry import DataRegistry
+from edge_agent.enrolment import is_enrolled
 from edge_agent.local_data import check_data
 from edge_agent.training import evaluate
-from shared.errors import UnavailableError
+from shared.errors import ConfigError, DataError, UnavailableError
+from shared.files import explained_disk_errors, make_folder
 from shared.messages import utc_now
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from shared.tasks.examples import Examples
@@ -68,15 +71,13 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     try:
         _Demo(options, console, dataset, fleet).run()
     except BaseException:
-        console.print("[yellow]Ending every process …[/]")
-        fleet.stop()
-        _say_where(console, fleet)
+        _end(console, fleet)
         raise
     if options.keep:
         _say_what_runs(console, fleet)
+        _say_where(console, fleet)
     else:
-        fleet.stop()
-    _say_where(console, fleet)
+        _end(console, fleet)
 
 
 class _Demo:
@@ -108,27 +109,48 @@ class _Demo:
         labels = self.dataset.labels
         counts = {n: np.bincount(parts[n].targets, minlength=len(labels)) for n in parts}
         self.console.print(demo_view.partition_table(counts, labels))
-        fresh = [n for n in self.names if not _is_enrolled(self.fleet.agent_home(n))]
-        if not fresh:
-            self.console.print(f"[green]✓[/] {len(self.names)} agents are enrolled from before")
-            return
+        fresh = [n for n in self.names if not is_enrolled(self.fleet.agent_home(n))]
         with self.console.status("enrolling agents and checking their data …"):
-            token = self.fleet.post("/v1/tokens", {"uses": len(fresh), "ttl_s": 600})["token"]
+            if fresh:
+                token = self.fleet.post("/v1/tokens", {"uses": len(fresh), "ttl_s": 600})["token"]
             for name in fresh:
                 self.fleet.enroll(name, token)
-                self._give_data(name, parts[name])
-        self.console.print(f"[green]✓[/] {len(fresh)} agents enrolled, each with its own data")
+            for name in self.names:
+                if not self._has_data(name):
+                    self._give_data(name, parts[name])
+        self.console.print(
+            f"[green]✓[/] {len(self.names)} agents are enrolled ({len(fresh)} of them now), "
+            "each with its own data"
+        )
 
     def _deal(self) -> dict[str, Examples]:
         train = self.dataset.train
         rng = np.random.default_rng(self.options.seed)
-        parts = dirichlet_partition(train.targets, devices=len(self.names), alpha=ALPHA, rng=rng)
+        try:
+            parts = dirichlet_partition(
+                train.targets, devices=len(self.names), alpha=ALPHA, rng=rng
+            )
+        except ValueError as error:
+            raise ConfigError(f"{error}; choose fewer --agents") from error
         return {name: train.take(rows) for name, rows in zip(self.names, parts, strict=True)}
 
+    def _has_data(self, name: str) -> bool:
+        """Return whether the agent owns its part of this data set, dealt as this time."""
+        try:
+            entry = DataRegistry(self.fleet.agent_home(name)).find(self.task)
+        except DataError:
+            return False
+        return entry.path == str(self._part_path(name))
+
+    def _part_path(self, name: str) -> Path:
+        dealt = f"seed-{self.options.seed}-for-{self.options.agents}"
+        return self.fleet.home / "data" / dealt / f"{name}.npz"
+
     def _give_data(self, name: str, part: Examples) -> None:
-        path = self.fleet.home / "data" / f"{name}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, images=part.inputs, labels=part.targets)
+        path = self._part_path(name)
+        make_folder(path.parent)
+        with explained_disk_errors(path.parent):
+            np.savez(path, images=part.inputs, labels=part.targets)
         entry = check_data("images", path, self.task, now=utc_now())
         DataRegistry(self.fleet.agent_home(name)).add(entry)
 
@@ -144,9 +166,8 @@ class _Demo:
         self.console.print(f"[green]✓[/] {len(self.names)} agents are online")
 
     def _train(self) -> Mapping[str, Any]:
-        active = [r for r in self.fleet.get("/v1/runs") if r["state"] not in _ENDED]
-        if active:
-            run_id = active[0]["run_id"]
+        run_id = self._interrupted_run()
+        if run_id:
             self.console.print(f"[green]✓[/] run {run_id} goes on where it was interrupted")
         else:
             plan = msgspec.to_builtins(self._plan())
@@ -163,6 +184,19 @@ class _Demo:
         if run["state"] != "finished":
             raise UnavailableError(f"the run {run['state']}: {run['cause']}")
         return run  # type: ignore[no-any-return]  # a JSON document
+
+    def _interrupted_run(self) -> str | None:
+        """Return the run that goes on by itself; one about another data set is stopped."""
+        ours = None
+        for run in self.fleet.get("/v1/runs"):
+            if run["state"] in _ENDED:
+                continue
+            plan = self.fleet.get(f"/v1/runs/{run['run_id']}")["plan"]
+            if plan["task"] == msgspec.to_builtins(self.task):
+                ours = str(run["run_id"])
+            else:
+                self.fleet.post(f"/v1/runs/{run['run_id']}/stop")
+        return ours
 
     def _plan(self) -> RunPlan:
         agents = self.options.agents
@@ -238,8 +272,15 @@ class _Demo:
         return [device for device in devices if device["device_id"] in self.names]
 
 
-def _is_enrolled(home: Path) -> bool:
-    return (home / "enrolment.json").exists() and (home / "data.json").exists()
+def _end(console: Console, fleet: LocalFleet) -> None:
+    """End every process, whatever is pressed meanwhile, and say where their traces lie."""
+    console.print("[yellow]Ending every process; this takes some seconds …[/]")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave some
+    try:
+        fleet.stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    _say_where(console, fleet)
 
 
 def _say_what_runs(console: Console, fleet: LocalFleet) -> None:
