@@ -1,8 +1,15 @@
-"""Whether this device takes part in a run: its own decision, from plain values."""
+"""Whether this device takes part in a run: its own decisions, from plain values.
 
+The daemon answers an invitation; the trainer then holds the run that it meets to the answer.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
+
+from shared.errors import DataError
 from shared.messages import Invitation
 from shared.tasks.spec import TaskSpec
 
@@ -55,3 +62,27 @@ def decide(invitation: Invitation, data: DataFacts | No, *, busy_with: str | Non
     if data.train_rows < invitation.min_examples:
         return No(f"fewer training examples here than the {invitation.min_examples} asked for")
     return Yes(data.name)
+
+
+def agree(
+    task: TaskSpec,
+    client_app: str,
+    *,
+    components: Mapping[str, Any],
+    run_config: Mapping[str, Any],
+) -> None:
+    """Raise DataError unless a run names our app and the very task that was agreed to."""
+    if components.get("clientapp") != client_app:
+        raise DataError(
+            f"the run wants {components.get('clientapp')!r} and this device runs "
+            f"nothing but {client_app!r}"
+        )
+    try:
+        asked = msgspec.json.decode(str(run_config.get("task")), type=TaskSpec)
+    except msgspec.DecodeError as error:
+        raise DataError("the run names no task; start it through Shoal") from error
+    if asked.digest != task.digest:
+        raise DataError(
+            f"the run is about task {asked.name!r} and this device agreed to "
+            f"{task.name!r} with other options"
+        )

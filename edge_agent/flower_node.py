@@ -55,6 +55,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from edge_agent.eligibility import agree
 from shared.errors import DataError, ShoalError, UnavailableError
 from shared.http_retries import retry_while_away
 from shared.tasks.spec import TaskSpec
@@ -69,6 +70,7 @@ _SIGNATURE_LIFETIME_S = 60.0  # Flower accepts 300
 _KEEP_ALIVE_S = 60.0
 _LEAVE_PATIENCE_S = 2.0
 _OBJECT_POLL_S = 0.1
+_UPLOAD_PAUSE_S = 0.5  # before an upload begins anew
 
 
 class FlowerNode:
@@ -213,6 +215,8 @@ class FlowerNode:
                     self._activate()
             except UnavailableError as error:
                 logger.warning("heartbeat failed: %s", error)
+            except Exception:  # a node without a heart is counted out, and nobody would see why
+                logger.exception("heartbeat failed")
 
     def _pull(self) -> PullMessagesResponse:
         """Ask for one message; once anew after activation where the SuperLink forgot the node."""
@@ -326,17 +330,24 @@ class FlowerNode:
                 clientapp_runtime_list=[seconds],
             )
             objects = get_all_nested_objects(reply)
-            whole = False
-            while not whole:
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    raise _MessageLostError("its time to live ended before the reply was in")
-                pushed = self._call(self._client.PushMessages, push, patience_s=left_s)
-                whole = all(
-                    self._push_object(run_id, pushed.session_id, object_id, objects, deadline)
-                    for object_id in pushed.objects_to_push
-                )
+            while not self._push(run_id, push, objects, deadline):
+                if time.monotonic() > deadline or self._stop.wait(_UPLOAD_PAUSE_S):
+                    raise _MessageLostError("it could not be answered in time")
         return message.metadata.message_id
+
+    def _push(
+        self,
+        run_id: int,
+        push: PushMessagesRequest,
+        objects: Mapping[str, Any],
+        deadline: float,
+    ) -> bool:
+        """Begin a push session and upload what it asks for; False where it must begin anew."""
+        pushed = self._call(self._client.PushMessages, push, patience_s=deadline - time.monotonic())
+        return all(
+            self._push_object(run_id, pushed.session_id, object_id, objects, deadline)
+            for object_id in pushed.objects_to_push
+        )
 
     def _push_object(
         self,
@@ -346,7 +357,7 @@ class FlowerNode:
         objects: Mapping[str, Any],
         deadline: float,
     ) -> bool:
-        """Upload one object; False where the push session is over and must begin anew."""
+        """Upload one object; False where the push session is over."""
         request = PushObjectRequest(
             node=self._node,
             run_id=run_id,
@@ -366,30 +377,6 @@ class _RefusedRun(msgspec.Struct, frozen=True):
     """A run that this device does not serve, and why."""
 
     cause: str
-
-
-def agree(
-    task: TaskSpec,
-    client_app: str,
-    *,
-    components: Mapping[str, Any],
-    run_config: Mapping[str, Any],
-) -> None:
-    """Raise DataError unless a run names our app and the very task that was agreed to."""
-    if components.get("clientapp") != client_app:
-        raise DataError(
-            f"the run wants {components.get('clientapp')!r} and this device runs "
-            f"nothing but {client_app!r}"
-        )
-    try:
-        asked = msgspec.json.decode(str(run_config.get("task")), type=TaskSpec)
-    except msgspec.DecodeError as error:
-        raise DataError("the run names no task; start it through Shoal") from error
-    if asked.digest != task.digest:
-        raise DataError(
-            f"the run is about task {asked.name!r} and this device agreed to "
-            f"{task.name!r} with other options"
-        )
 
 
 def load_node_key(path: Path) -> EllipticCurvePrivateKey:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 Say = Callable[[msgspec.Struct], None]
 Incoming = queue.SimpleQueue[ToTrainer | None]
 _START_DEADLINE_S = 60.0
+_BUSY_POLL_S = 1.0  # a lease that is over waits for the answer that is being worked on
 _POLL_S = 30.0  # nudges may get lost; messages should not
 
 
@@ -108,15 +109,14 @@ def _listen(work: "_Work", incoming: Incoming, *, lease_s: float) -> None:
     """Pass nudges on until the end."""
     nudged_at = time.monotonic()
     while True:
-        idle_since = max(nudged_at, work.answered_at)
+        was_busy = work.is_busy  # read first: whoever is idle by now has noted its last answer
+        left_s = max(nudged_at, work.answered_at) + lease_s - time.monotonic()
+        if left_s <= 0 and not was_busy:
+            logger.info("nothing came for %.0f s; the lease is over", lease_s)
+            return
         try:
-            message = incoming.get(timeout=max(0.0, idle_since + lease_s - time.monotonic()))
+            message = incoming.get(timeout=left_s if left_s > 0 else _BUSY_POLL_S)
         except queue.Empty:
-            if work.is_busy:
-                nudged_at = time.monotonic()
-            elif max(nudged_at, work.answered_at) + lease_s <= time.monotonic():
-                logger.info("nothing came for %.0f s; the lease is over", lease_s)
-                return
             continue
         if isinstance(message, MessageWaits):
             nudged_at = time.monotonic()

@@ -1,3 +1,5 @@
+import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -6,7 +8,10 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from edge_agent.flower_node import CLIENT_APP, agree, load_node_key
+from cloud_coordinator.flower.tls import ensure_tls
+from edge_agent import flower_node
+from edge_agent.eligibility import agree
+from edge_agent.flower_node import CLIENT_APP, FlowerNode, load_node_key
 from shared.errors import DataError
 from shared.tasks.spec import TaskSpec
 
@@ -64,3 +69,31 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     with pytest.raises(DataError, match="no elliptic curve key"):
         load_node_key(path)
+
+
+def test_one_heartbeat_that_goes_wrong_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flower_node, "_HEARTBEAT_INTERVAL_S", 0.01)
+    calls, second = [0], threading.Event()
+
+    def garbled(*_: object) -> None:
+        calls[0] += 1
+        if calls[0] > 1:
+            second.set()
+        raise ValueError("an answer that nobody understands")
+
+    node = FlowerNode(
+        address="127.0.0.1:1",
+        ca_pem=ensure_tls(tmp_path, now=datetime.now(UTC)).ca.read_text(),
+        private_key=generate_private_key(SECP256R1()),
+        app=lambda message, _: message,
+        task=TASK,
+        node_config={},
+    )
+    monkeypatch.setattr(node, "_activate", lambda: None)
+    monkeypatch.setattr(node, "_call", garbled)
+    with node:
+        node.join()
+        assert second.wait(10)
+    assert "heartbeat failed" in caplog.text
