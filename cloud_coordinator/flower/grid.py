@@ -57,7 +57,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from cloud_coordinator.flower.run_bundle import CLIENT_APP, run_bundle
 from cloud_coordinator.flower.superlink_calls import Caller, ControlSecret, RuntimeClient, void_run
 from cloud_coordinator.flower.superlink_messages import SuperLinkSecrets
-from shared.errors import UnavailableError
+from shared.errors import PeerError, UnavailableError
 from shared.tasks.spec import TaskSpec
 
 logger = logging.getLogger(__name__)
@@ -293,9 +293,10 @@ class RunGrid(Grid):
         yield message
 
     def _with_content(self, message: Message, tree: ObjectTree) -> Message:
-        (content_tree,) = tree.children
         contents = {}
-        for part in iterate_object_tree(content_tree):
+        for part in iterate_object_tree(tree):
+            if part.object_id == tree.object_id:  # the message itself, which came already
+                continue
             request = PullObjectRequest(
                 node=_SUPERLINK, run_id=self._run.run_id, object_id=part.object_id
             )
@@ -305,11 +306,16 @@ class RunGrid(Grid):
             if not pulled.object_available:
                 raise _StillUploadingError
             contents[part.object_id] = pulled.object_content
-        content = inflate_object_from_contents(content_tree.object_id, contents)
-        assert isinstance(content, RecordDict)
+        try:
+            content = _inflated(tree, contents)
+        except Exception:  # the device's bytes, which Flower's code believes; the others go on
+            logger.exception("a reply of node %d cannot be read", message.metadata.src_node_id)
+            return self._incomplete(message.metadata, "the device's reply cannot be read")
         return make_message(metadata=message.metadata, content=content)
 
-    def _incomplete(self, metadata: Metadata) -> Message:
+    def _incomplete(
+        self, metadata: Metadata, cause: str = "the device did not finish its upload"
+    ) -> Message:
         return make_message(
             metadata=Metadata(
                 run_id=self._run.run_id,
@@ -322,7 +328,7 @@ class RunGrid(Grid):
                 reply_to_message_id=metadata.reply_to_message_id,
                 created_at=now().timestamp(),
             ),
-            error=Error(ErrorCode.MESSAGE_UNAVAILABLE, "the device did not finish its upload"),
+            error=Error(ErrorCode.MESSAGE_UNAVAILABLE, cause),
         )
 
     def _confirm(self, message_id: str) -> None:
@@ -362,6 +368,15 @@ class _StillUploadingError(Exception):
 def set_message_id(message: Message) -> None:
     """Name a message by its content's hash, as Flower's own senders do before they send it."""
     message.metadata.__dict__["_message_id"] = message.object_id
+
+
+def _inflated(tree: ObjectTree, contents: dict[str, bytes]) -> RecordDict:
+    """Put a message's content together; raises whatever Flower raises on bytes that are none."""
+    (content_tree,) = tree.children
+    content = inflate_object_from_contents(content_tree.object_id, contents)
+    if not isinstance(content, RecordDict):
+        raise PeerError(f"a message holds a {type(content).__name__}")
+    return content
 
 
 def _stop_run(control: ControlHttpClient, run_id: int) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_inference_collection import InferenceSession
 
 from edge_agent.inference.onnx_file import require_self_contained
 from edge_agent.inference.self_test import self_test
@@ -91,7 +91,7 @@ def test_the_runtime_itself_would_read_a_file_beside_the_process(
     """If this fails, ONNX Runtime got stricter; our own refusal stays."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "identity.pem").write_bytes(SECRET)
-    session = ort.InferenceSession(with_initializer("identity.pem"))
+    session = InferenceSession(with_initializer("identity.pem"))
     (outputs,) = session.run(None, {"x": np.zeros((1, FEATURES), np.float32)})
     assert np.max(np.asarray(outputs)) == max(SECRET)
 
