@@ -21,11 +21,13 @@ from edge_agent.inference.messages import SelfTestResult
 from edge_agent.inference.supervisor import InferenceServer
 from edge_agent.slot_files import MODEL
 from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
+from shared.manifest import TensorSpec
 from shared.messages import DeploymentState
 from shared.signed_manifest import sign_manifest
 from shared.signing import SigningKey
 from tests.integration.inference.conftest import RNG, running
 from tests.integration.inference.tiny_models import (
+    FEATURES,
     TRUSTED,
     Version,
     endless,
@@ -187,6 +189,10 @@ async def test_whatever_is_wrong_with_a_version_the_old_one_goes_on(scene: Scene
     await refused(scene, new, UntrustedModelError, "more than the size")
     file.write_bytes(new.content[:-1])
     await refused(scene, new, UnavailableError, "cannot download")
+
+    wide = linear(4).changed(inputs=(TensorSpec("x", "FP32", (-1, FEATURES + 1)),))
+    scene.repository.publish(wide)
+    await refused(scene, wide, UnfitModelError, "its manifest promises x")
 
     bad = not_finite()
     scene.repository.publish(bad)

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,8 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from edge_agent.data_registry import DataRegistry
 from edge_agent.local_data import LocalData, check_data
@@ -22,7 +25,7 @@ from edge_agent.training_app import app, build_client_app, device_seed, load_fro
 from shared.errors import DataError
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
-from shared.tasks.examples import Examples
+from shared.tasks.examples import Examples, held_out_rows
 from shared.tasks.registry import load_task
 from shared.tasks.spec import TaskSpec
 from shared.tasks.task import seeded_model
@@ -69,12 +72,14 @@ def context_of(home: Path, *, task: TaskSpec = LINE, data: str = "mine") -> Cont
     )
 
 
-def train_message(parameters: Vector = START, *, min_examples: int = 1, round_: int = 1) -> Message:
+def train_message(
+    parameters: Vector = START, *, min_examples: int = 1, round_: int = 1, seed: int = 7
+) -> Message:
     plan = ConfigRecord(
         {
             "json": msgspec.json.encode(PLAN).decode(),
             "round": round_,
-            "seed": 7,
+            "seed": seed,
             "min_examples": min_examples,
         }
     )
@@ -98,6 +103,26 @@ def test_a_train_message_is_answered_with_what_local_training_gives(home: Path) 
         "examples": len(data.train),
         **update.sums,
     }
+
+
+def test_no_run_ever_trains_on_a_held_out_row(home: Path) -> None:
+    seen: set[float] = set()
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module.training and isinstance(module, nn.Sequential):  # the whole network of the task
+            seen.update(inputs[0][:, 0].tolist())
+
+    watching = register_module_forward_pre_hook(watch)
+    try:
+        for run_seed, round_number in itertools.product(range(3), range(1, 4)):
+            app(train_message(seed=run_seed, round_=round_number), context_of(home))
+    finally:
+        watching.remove()
+
+    rows = np.linspace(-1, 1, 100).astype(np.float32)
+    held_out = held_out_rows(rows[:, np.newaxis])
+    assert 3 < held_out.sum() < 20
+    assert seen == set(rows[~held_out].tolist())
 
 
 def test_an_evaluate_message_is_answered_with_sums_over_the_held_out_rows(home: Path) -> None:
