@@ -17,14 +17,16 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import msgspec
 
 from shared.errors import PeerError, UnavailableError
+from shared.files import explained_disk_errors
 
 Incoming = TypeVar("Incoming")
 _LINE_LIMIT_BYTES = 4 * 1024 * 1024
+_LARGEST_LOG_BYTES = 10 * 1024 * 1024
 _PR_SET_PDEATHSIG = 1
 _ENCODER = msgspec.json.Encoder()
 
@@ -52,15 +54,14 @@ class Child:
         Args:
             argv: program and arguments.
             name: for people: log lines and errors.
-            log_path: where standard error goes; parents are made.
+            log_path: where standard error goes; parents are made. A large log makes way.
             env: variables on top of this process's own.
             pass_fds: open files that the child shares, such as a listening socket.
 
         Raises:
-            UnavailableError: the program cannot be started.
+            UnavailableError: the program cannot be started, or its log not be written.
         """
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab") as log:
+        with _open_log(log_path) as log:
             try:
                 process = await asyncio.create_subprocess_exec(
                     *argv,
@@ -176,6 +177,15 @@ class ParentLink(Generic[Incoming]):
             sys.stderr.write(f"the parent said what cannot be understood: {error}\n")
         finally:
             self.incoming.put(None)  # the parent closed the pipe: end
+
+
+def _open_log(path: Path) -> BinaryIO:
+    """Open ``path`` to append to; a large one makes way first, and only the last such is kept."""
+    with explained_disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > _LARGEST_LOG_BYTES:
+            path.replace(path.with_suffix(".old"))
+        return path.open("ab")
 
 
 def die_with_parent() -> None:

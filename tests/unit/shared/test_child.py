@@ -117,3 +117,25 @@ async def test_a_child_that_ignores_every_request_is_killed(tmp_path: Path) -> N
 async def test_a_program_that_is_not_there_is_said_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="cannot start child"):
         await Child.start(["/nowhere/x"], name="child", log_path=tmp_path / "log")
+
+
+async def test_a_large_log_makes_way_and_one_old_one_is_kept(tmp_path: Path) -> None:
+    log, old = tmp_path / "child.log", tmp_path / "child.old"
+    old.write_text("from long ago")
+    with log.open("wb") as file:
+        file.truncate(11 * 1024 * 1024)
+
+    for words in ("first", "second"):
+        speak = f"import sys; sys.stderr.write({words!r})"
+        child = await Child.start([sys.executable, "-c", speak], name="child", log_path=log)
+        await asyncio.wait_for(child.wait(), TIME_LIMIT_S)
+
+    assert log.read_text() == "firstsecond"
+    assert old.stat().st_size == 11 * 1024 * 1024
+
+
+async def test_a_log_that_cannot_be_written_is_said_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("not a folder")
+
+    with pytest.raises(UnavailableError, match=r"cannot write to .*logs: .*; check the path"):
+        await Child.start(["true"], name="child", log_path=tmp_path / "logs" / "child.log")
