@@ -9,9 +9,10 @@ the staged slot where they were. The lifecycle is the table below; nothing else 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from enum import StrEnum
 from pathlib import Path
+from typing import Any, TypeVar
 
 from edge_agent.download import Downloader
 from edge_agent.inference.messages import SelfTestResult
@@ -31,6 +32,7 @@ from shared.signing import VerifyingKey
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Report = Callable[[DeploymentState, str], Awaitable[None]]
 SelfTest = Callable[[Path], Awaitable[SelfTestResult]]
 
@@ -179,7 +181,7 @@ class Deployment:
         sealed = await self._fetch.manifest(version)
         signed = open_manifest(sealed, trusted=self._trusted, version=version)
         model = await self._fetch.artifact(signed.manifest.shipped)
-        return self.slots.stage(sealed, model)
+        return await _finish(asyncio.to_thread(self.slots.stage, sealed, model))
 
     async def _try(self, slot: Path) -> None:
         """Let a throwaway process judge the slot; a refused one is emptied."""
@@ -188,7 +190,7 @@ class Deployment:
         try:
             result = await self._self_test(slot)
         except UnfitModelError:
-            self.slots.discard(slot)
+            await _finish(asyncio.to_thread(self.slots.discard, slot))
             raise
         logger.info(
             "self-test passed: loads in %.0f ms, %.3f ms a row, off by %.2g",
@@ -198,21 +200,14 @@ class Deployment:
         )
 
     async def _activate(self, slot: Path) -> None:
-        """Make server and pointer agree on ``slot``, even if this task is cancelled meanwhile."""
-        step = asyncio.create_task(self._activate_and_switch(slot), name="activate")
-        try:
-            await asyncio.shield(step)
-        except asyncio.CancelledError:
-            await asyncio.wait([step])  # ends within the server's own deadlines
-            if not step.cancelled() and (error := step.exception()):
-                logger.info("what was abandoned had failed: %s", error)
-            raise
+        """Make server and pointer agree on ``slot``; ends within the server's own deadlines."""
+        await _finish(self._activate_and_switch(slot))
 
     async def _activate_and_switch(self, slot: Path) -> None:
         await self._server.activate(slot)
         before = self.slots.current
         try:
-            self.slots.switch(slot)
+            await asyncio.to_thread(self.slots.switch, slot)
         except UnavailableError:
             if before is not None:
                 await self._server.activate(before)
@@ -232,3 +227,15 @@ class Deployment:
         """Enter the next state and tell; the one place that changes it."""
         self.state = next_state(self.state, event)
         await self._report(self.state, cause[:500])
+
+
+async def _finish(step: Coroutine[Any, Any, T]) -> T:
+    """Take a step that must not be left half done, even if this task is cancelled meanwhile."""
+    task = asyncio.create_task(step, name="deployment-step")
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()):
+            logger.info("what was abandoned had failed: %s", error)
+        raise

@@ -226,8 +226,8 @@ class Participation:
             if self._part.session_id == invitation.session_id:
                 return
             logger.info("run %s goes on in a new session", invitation.run_id)
-            old, self._part = self._part, None
-            await _end(old.trainer, "the run goes on in a new session")
+            await _end(self._part.trainer, "the run goes on in a new session")
+            self._part = None
         trainer = await Child.start(
             self._trainer,
             name="trainer",

@@ -35,6 +35,7 @@ ADDRESS_FILE = "inference-address"  # in the agent's home while the server runs:
 _BACKLOG = 1024
 _START_TIMEOUT_S = 60.0  # for a child to say that it is ready
 _ACTIVATE_TIMEOUT_S = 120.0  # for a model to load, pass its golden batch and take over
+_BIRTH_TIMEOUT_S = _START_TIMEOUT_S + _ACTIVATE_TIMEOUT_S  # until a fresh child has its model back
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 30.0
 _STEADY_S = 60.0  # a child that lived so long starts the back-off anew
 
@@ -166,10 +167,17 @@ class InferenceServer:
             return
         ending = "the inference server stopped"
         try:
-            async for message in child.messages(FromServer):
-                await self._hear(child, message)
-            ending = f"the inference server {describe_exit(await child.wait())}"
+            async with asyncio.timeout(_BIRTH_TIMEOUT_S) as patience:
+                async for message in child.messages(FromServer):
+                    await self._hear(child, message)
+                    if self._up.is_set():
+                        patience.reschedule(None)
+                status = await child.wait()
+            ending = f"the inference server {describe_exit(status)}"
             logger.error("%s; starting it again; its last words: %s", ending, child.log_tail())
+        except TimeoutError:
+            ending = "the inference server hung"
+            logger.error("%s before it was ready; starting it again", ending)  # noqa: TRY400
         except PeerError:
             logger.exception("the inference server is confused; starting it again")
         finally:

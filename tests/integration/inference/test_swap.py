@@ -12,8 +12,10 @@ import httpx
 import numpy as np
 import pytest
 
+from edge_agent.inference import supervisor
 from edge_agent.inference.supervisor import ADDRESS_FILE, InferenceServer
 from edge_agent.slot_files import MODEL
+from shared.child import Child
 from shared.errors import ConfigError, UnavailableError, UnfitModelError
 from tests.integration.inference.conftest import RNG, running
 from tests.integration.inference.tiny_models import (
@@ -201,6 +203,25 @@ async def test_a_model_that_hangs_on_loading_is_given_up(
     with pytest.raises(UnfitModelError, match=r"did not start serving within 0.5 seconds"):
         await server.activate(endless().put_into(tmp_path / "b"))
     await until(lambda: server.serving.version == linear(1).digest)
+
+
+async def test_a_server_that_hangs_before_it_is_ready_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = InferenceServer(tmp_path, "127.0.0.1", 0, rng=RNG)
+    start, lives = server._start, [0]
+
+    async def start_mute_first() -> Child:
+        lives[0] += 1
+        monkeypatch.setattr(supervisor, "_BIRTH_TIMEOUT_S", 0.1 if lives[0] == 1 else 60.0)
+        if lives[0] > 1:
+            return await start()
+        return await Child.start(["sleep", "60"], name="mute", log_path=tmp_path / "log")
+
+    monkeypatch.setattr(server, "_start", start_mute_first)
+    async with running(server):
+        await server.activate(linear().put_into(tmp_path / "a"))
+        assert lives == [2]
 
 
 async def test_without_a_server_activation_fails_as_unavailable(

@@ -1,8 +1,9 @@
+import asyncio
 from itertools import product
 
 import pytest
 
-from edge_agent.deployment import TRANSITIONS, DeploymentEvent, next_state
+from edge_agent.deployment import TRANSITIONS, DeploymentEvent, _finish, next_state
 from shared.errors import IllegalTransitionError
 from shared.messages import DeploymentState
 
@@ -41,3 +42,22 @@ def test_every_pair_of_state_and_event_is_decided(
 def test_every_state_is_in_the_table_and_can_be_left() -> None:
     assert set(TRANSITIONS) == set(S)
     assert all(TRANSITIONS.values())
+
+
+async def test_a_step_that_is_cancelled_is_taken_to_its_end_and_then_cancelled() -> None:
+    begun, let_go, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def step() -> None:
+        begun.set()
+        await let_go.wait()
+        ended.set()
+
+    work = asyncio.create_task(_finish(step()))
+    await begun.wait()
+    work.cancel()
+    await asyncio.wait([work], timeout=0.05)
+    assert not work.done()
+    let_go.set()
+    await asyncio.wait([work], timeout=10)
+    assert work.cancelled()
+    assert ended.is_set()
