@@ -1,6 +1,7 @@
 """Real programs, from a join token to served predictions, and through crashes in the middle."""
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edge_agent.data_registry import DataRegistry
-from edge_agent.local_data import check_data
+from edge_agent.local_data import check_data, read_task_spec
 from shared.messages import utc_now
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from simulations.datasets import ImageDataset, load_digits_images
@@ -19,8 +21,10 @@ from simulations.local_fleet import LocalFleet
 from simulations.oip_client import InferenceClient
 
 AGENTS = ("left", "right")
+EXAMPLE_TASK = Path(__file__).parents[2] / "example_task"
 DEADLINE_S = 150.0
 ENDED = {"finished", "failed", "stopped"}
+HEAVY = re.compile(r"/(torch|onnx|flwr|grpc|sqlalchemy|pandas|scipy|sklearn)/.*\.so")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,9 @@ def digits() -> ImageDataset:
 def fleet(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataset) -> Iterator[LocalFleet]:
     """Two agents, each with every second digit, and a coordinator on free ports."""
     fleet = LocalFleet(tmp_path_factory.mktemp("loop"))
+    monkeypatch = pytest.MonkeyPatch()  # a user's own task is where Python finds it, on both sides
+    monkeypatch.syspath_prepend(EXAMPLE_TASK)
+    monkeypatch.setenv("PYTHONPATH", f"{EXAMPLE_TASK}:{os.environ.get('PYTHONPATH', '')}")
     try:
         start_coordinator(fleet)
         token = fleet.post("/v1/tokens", {"uses": len(AGENTS), "ttl_s": 600})["token"]
@@ -42,6 +49,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataset) -> Ite
         yield fleet
     finally:
         fleet.stop()
+        monkeypatch.undo()
 
 
 def start_coordinator(fleet: LocalFleet) -> None:
@@ -146,6 +154,52 @@ def test_a_run_ends_by_itself_after_the_superlink_was_killed_in_mid_round(
     all_serve(fleet, run["model_version"])
 
 
+def test_an_agent_killed_in_mid_round_stops_nobody_and_takes_part_again_when_it_is_back(
+    fleet: LocalFleet, digits: ImageDataset
+) -> None:
+    patient = dict(plan(digits, rounds=500))
+    patient["cohort"] = {**patient["cohort"], "quorum": 1}
+    lost, other = AGENTS
+    run_id = fleet.post("/v1/runs", patient)["run_id"]
+    wait_until(
+        fleet, run_id, "both to take part", lambda run: outcomes(run, lost)[-1:] == ["replied"]
+    )
+
+    fleet.kill_agent(lost)
+    run = wait_until(fleet, run_id, "a round without it", lambda run: not_replied(run, lost) != [])
+    assert all(part["cause"] for part in not_replied(run, lost))
+    assert "failed" not in outcomes(run, other)
+    rounds_before = len(run["rounds"])
+
+    fleet.start_agent(lost, "--inference-port", "0")
+    run = wait_until(
+        fleet,
+        run_id,
+        "it to take part again",
+        lambda run: len(run["rounds"]) > rounds_before and outcomes(run, lost)[-1] == "replied",
+    )
+    assert committed_rounds(run) == list(range(len(run["rounds"])))
+    fleet.post(f"/v1/runs/{run_id}/stop")
+    wait_until(fleet, run_id, "the run to end", lambda run: run["state"] == "stopped")
+
+
+def outcomes(run: Mapping[str, Any], device: str) -> list[str]:
+    return [part["outcome"] for part in participations(run, device)]
+
+
+def not_replied(run: Mapping[str, Any], device: str) -> list[Mapping[str, Any]]:
+    return [part for part in participations(run, device) if part["outcome"] != "replied"]
+
+
+def participations(run: Mapping[str, Any], device: str) -> list[Mapping[str, Any]]:
+    return [
+        part
+        for record in run["rounds"]
+        for part in record["participations"]
+        if part["device_id"] == device
+    ]
+
+
 def test_an_agent_that_was_away_serves_the_current_version_when_it_returns(
     fleet: LocalFleet, digits: ImageDataset
 ) -> None:
@@ -156,6 +210,57 @@ def test_an_agent_that_was_away_serves_the_current_version_when_it_returns(
     run = finished(fleet, fleet.post("/v1/runs", alone)["run_id"])
     fleet.start_agent(name, "--inference-port", "0")
     all_serve(fleet, run["model_version"])
+
+
+def test_a_task_of_one_s_own_is_learned_exported_and_served(
+    fleet: LocalFleet, tmp_path: Path
+) -> None:
+    spec = read_task_spec(str(EXAMPLE_TASK / "TASK.toml"))
+    for seed, name in enumerate(AGENTS):
+        path = tmp_path / f"{name}.csv"
+        points, moons = two_moons(np.random.default_rng(seed))
+        rows = [f"{x:.4f},{y:.4f},{moon}" for (x, y), moon in zip(points, moons, strict=True)]
+        path.write_text("\n".join(["x,y,moon", *rows]))
+        entry = check_data("moons", path, spec, now=utc_now())
+        DataRegistry(fleet.agent_home(name)).add(entry)
+    own = RunPlan(
+        name="moons",
+        task=spec,
+        rounds=4,
+        training=TrainingPlan(epochs=15),
+        cohort=CohortPlan(size=2, quorum=2, recruit_deadline_s=90),
+    )
+
+    run = finished(fleet, fleet.post("/v1/runs", msgspec.to_builtins(own))["run_id"])
+    all_serve(fleet, run["model_version"])
+
+    points, moons = two_moons(np.random.default_rng(9))
+    for name in AGENTS:
+        with InferenceClient(endpoint(fleet, name), "two-moons") as client:
+            answers = client.infer(points.astype(np.float32)).argmax(axis=1)
+        assert np.mean(np.array(["upper", "lower"])[answers] == moons) >= 0.95
+
+
+def two_moons(rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
+    """Draw 400 points, shape (400, 2), on two interleaved half circles, and their names."""
+    angles, lower = rng.uniform(0, np.pi, 400), rng.random(400) < 0.5
+    x = np.where(lower, 1 - np.cos(angles), np.cos(angles))
+    y = np.where(lower, 0.5 - np.sin(angles), np.sin(angles))
+    points = np.stack([x, y], axis=1) + rng.normal(0, 0.1, (400, 2))
+    return points, np.where(lower, "lower", "upper")
+
+
+def test_after_all_this_neither_daemons_nor_inference_servers_hold_a_heavy_library(
+    fleet: LocalFleet,
+) -> None:
+    for name in AGENTS:
+        daemon = fleet.agents[name].pid
+        children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
+        commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        servers = [pid for pid, command in commands.items() if "inference" in command]
+        assert len(servers) == 1
+        for pid in (daemon, *servers):
+            assert not HEAVY.findall(Path(f"/proc/{pid}/maps").read_text())
 
 
 def test_nothing_secret_stands_in_any_log(fleet: LocalFleet) -> None:
