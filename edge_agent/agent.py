@@ -89,7 +89,11 @@ class Agent:
         self._data = DataRegistry(settings.home)
         self._outbox = Outbox(state)
         self._server = InferenceServer(
-            settings.home, settings.inference_host, settings.inference_port, rng=rng
+            settings.home,
+            settings.inference_host,
+            settings.inference_port,
+            rng=rng,
+            on_loss=self._note_loss,
         )
         self._link = ControlLink(
             enrolment,
@@ -165,6 +169,10 @@ class Agent:
         logger.debug("deployment: %s", state)
         self._cause = cause
         await self._tell_what_changed()
+
+    def _note_loss(self) -> None:
+        """The inference server has lost its model for good; fetch what is wanted once more."""
+        self._reconciler.check_again()
 
     async def _tell_what_changed(self) -> None:
         reported = self._reported()

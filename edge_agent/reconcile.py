@@ -72,6 +72,10 @@ class Reconciler:
             self._attempt.cancel()
         return True
 
+    def check_again(self) -> None:
+        """Converge once more to what is wanted: what was served may be so no longer."""
+        self._changed.set()
+
     async def run(self) -> None:
         """Converge to what was wanted at the last stop, then to each newer desired state."""
         self._changed.set()

@@ -12,7 +12,7 @@ import logging
 import random
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,7 +63,15 @@ class _Pending:
 class InferenceServer:
     """One inference server, whatever becomes of its process. `run` is a long-lived job."""
 
-    def __init__(self, home: Path, host: str, port: int, *, rng: random.Random) -> None:
+    def __init__(
+        self,
+        home: Path,
+        host: str,
+        port: int,
+        *,
+        rng: random.Random,
+        on_loss: Callable[[], None] = lambda: None,
+    ) -> None:
         """Listen.
 
         Args:
@@ -71,12 +79,13 @@ class InferenceServer:
             host: a loopback address.
             port: 0 picks a free one; see `serving`.
             rng: spreads restarts.
+            on_loss: told when a fresh child refuses the model that was served: nothing is, then.
 
         Raises:
             ConfigError: ``host`` is not a loopback address.
             UnavailableError: the port is in use.
         """
-        self._home, self._rng = home, rng
+        self._home, self._rng, self._on_loss = home, rng, on_loss
         self._listener = _listen(host, port)
         bound: int = self._listener.getsockname()[1]
         self._facts = ServingFacts(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
@@ -208,6 +217,8 @@ class InferenceServer:
             case Refused(cause=cause):
                 if message.ticket == RESTORING:
                     logger.error("the inference server cannot serve its model again: %s", cause)
+                    self._slot = None
+                    self._on_loss()
                 self._up.set()
                 self._answer(message)
             case Stats(requests=requests, errors=errors, p50_ms=p50_ms):

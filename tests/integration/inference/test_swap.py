@@ -180,6 +180,21 @@ async def test_a_killed_server_comes_back_by_itself_at_the_same_address(
     await until(lambda: server.serving.requests == 2)  # counted on, not anew
 
 
+async def test_a_model_that_a_fresh_server_refuses_is_reported_as_lost(tmp_path: Path) -> None:
+    lost = asyncio.Event()
+    server = InferenceServer(tmp_path, "127.0.0.1", 0, rng=RNG, on_loss=lost.set)
+    async with running(server):
+        slot = linear(1).put_into(tmp_path / "a")
+        await server.activate(slot)
+        (slot / MODEL).write_bytes(b"damaged since")
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        await asyncio.wait_for(lost.wait(), 20)
+        assert server.serving.version is None
+        await server.activate(linear(2).put_into(tmp_path / "b"))
+        assert server.serving.version == linear(2).digest
+
+
 async def test_a_server_that_dies_while_it_loads_blames_the_model_and_serves_the_old_one(
     server: InferenceServer, tmp_path: Path
 ) -> None:

@@ -77,6 +77,15 @@ async def test_a_desired_model_is_served(state: AgentState) -> None:
         await deployment.until(lambda d: d.served == [FIRST])
 
 
+async def test_a_model_that_was_lost_is_brought_back(state: AgentState) -> None:
+    deployment = Deployment()
+    async with running(state, deployment) as reconciler:
+        reconciler.accept(Desired(version=1, model_version=FIRST))
+        await deployment.until(lambda d: d.served == [FIRST])
+        reconciler.check_again()
+        await deployment.until(lambda d: d.served == [FIRST, FIRST])
+
+
 @pytest.mark.parametrize("version", [1, 4, 5])
 async def test_an_older_or_repeated_desired_state_changes_nothing(
     state: AgentState, version: int
