@@ -12,6 +12,7 @@ import msgspec
 from shared.errors import DataError
 from shared.messages import Invitation
 from shared.tasks.spec import TaskSpec
+from shared.untrusted import NOT_JSON
 
 
 class DataFacts(Protocol):
@@ -79,7 +80,7 @@ def agree(
         )
     try:
         asked = msgspec.json.decode(str(run_config.get("task")), type=TaskSpec)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise DataError("the run names no task; start it through Shoal") from error
     if asked.digest != task.digest:
         raise DataError(

@@ -32,6 +32,7 @@ from shared.errors import ConfigError, PeerError, UnavailableError
 from shared.files import write_atomic, write_private
 from shared.messages import DEVICE_ID_PATTERN
 from shared.signing import SigningKey, VerifyingKey, open_sealed
+from shared.untrusted import NOT_JSON
 
 _REPLY_FILE = "enrolment.json"
 _PIN_FILE = "command-key-id"
@@ -148,7 +149,7 @@ def open_reply(sealed: bytes, coordinator_key_id: str) -> EnrolmentReply:
         claimed = msgspec.json.decode(
             msgspec.json.decode(sealed, type=_Payload).payload, type=EnrolmentReply
         )
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise PeerError(f"that is no enrolment reply: {error}; check the address") from error
     key = VerifyingKey.from_text(claimed.command_key)
     if key.key_id != coordinator_key_id:
@@ -229,7 +230,7 @@ def _reason_of(response: httpx.Response) -> str:
     """Return the sentence of an error response, or its status where there is none."""
     try:
         return msgspec.json.decode(response.content, type=_Refusal).error
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return f"HTTP {response.status_code}; check the address and take a new token"
 
 

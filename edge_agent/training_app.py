@@ -28,6 +28,7 @@ from shared.errors import ConfigError, DataError, PeerError, ShoalError
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
 from shared.tasks.spec import TaskSpec
+from shared.untrusted import NOT_JSON
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _request_in(content: RecordDict) -> tuple[TrainRequest, TrainingPlan]:
     try:
         request = msgspec.convert(dict(record), TrainRequest)
         return request, msgspec.json.decode(request.json, type=TrainingPlan)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise PeerError(f"the training plan in the message does not fit: {error}") from error
 
 
@@ -152,7 +153,7 @@ def load_from_home(context: Context) -> LocalData:
         raise ConfigError("the node's configuration names no home; give --node-config 'home=\"…\"'")
     try:
         task = msgspec.json.decode(str(context.run_config.get("task")), type=TaskSpec)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise PeerError("the run names no task; start it through Shoal") from error
     entry = DataRegistry(Path(str(home))).find(task)
     wanted = context.node_config.get("data", entry.name)

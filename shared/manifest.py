@@ -17,7 +17,7 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a golden batch of one 224 x 224 colour i
 MAX_ARTIFACT_BYTES = 2 * 1024**3
 # What an artifact may ask of ONNX Runtime; anything else in `session_config` is refused.
 ALLOWED_SESSION_CONFIG = frozenset({"session.disable_quant_qdq"})
-Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]  # hex SHA-256
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # hex SHA-256
 
 
 class TensorSpec(msgspec.Struct, frozen=True):

@@ -23,6 +23,7 @@ from shared.errors import PeerError
 from shared.manifest import Digest
 from shared.signing import SigningKey, VerifyingKey, open_sealed, seal
 from shared.tasks.spec import TaskSpec
+from shared.untrusted import NOT_JSON
 
 PROTOCOL_VERSION = 1
 OLDEST_PROTOCOL_VERSION = (
@@ -32,7 +33,7 @@ PAYLOAD_TYPE = "application/vnd.shoal.control.v1+json"
 MAX_MESSAGE_BYTES = 64 * 1024  # sealed; brokers are configured to the same limit
 ALL_DEVICES = "*"
 
-DEVICE_ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+DEVICE_ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}\Z"
 MAX_TEXT_LENGTH = 500
 Text = Annotated[str, Meta(max_length=MAX_TEXT_LENGTH)]
 Identifier = Annotated[str, Meta(max_length=128)]
@@ -349,7 +350,7 @@ def decode(
     payload = open_sealed(sealed, payload_type=PAYLOAD_TYPE, trusted=trusted)
     try:
         envelope = _DECODER.decode(payload)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise PeerError(f"message breaks the schema: {error}") from error
     if not OLDEST_PROTOCOL_VERSION <= envelope.v <= PROTOCOL_VERSION:
         raise PeerError(f"protocol version {envelope.v} is not spoken here")

@@ -45,7 +45,7 @@ class CohortPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One run, from its task to what happens with the model at the end."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
     task: TaskSpec
     rounds: Count = 10
     seed: Annotated[int, Meta(ge=0, le=2**53)] = 0  # exact in JSON everywhere

@@ -11,6 +11,7 @@ import msgspec
 from shared.errors import PeerError, UntrustedModelError
 from shared.manifest import ALLOWED_SESSION_CONFIG, MAX_MANIFEST_BYTES, Manifest
 from shared.signing import SigningKey, VerifyingKey, open_sealed, seal
+from shared.untrusted import NOT_JSON
 
 PAYLOAD_TYPE = "application/vnd.shoal.manifest.v1+json"
 
@@ -49,7 +50,7 @@ def open_manifest(
     try:
         payload = open_sealed(sealed, payload_type=PAYLOAD_TYPE, trusted=trusted)
         manifest = msgspec.json.decode(payload, type=Manifest)
-    except (PeerError, msgspec.DecodeError) as error:
+    except (PeerError, *NOT_JSON) as error:
         raise UntrustedModelError(f"manifest cannot be trusted: {error}") from error
     digest = hashlib.sha256(payload).hexdigest()
     if version is not None and digest != version:

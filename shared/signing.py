@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from shared.errors import PeerError
 from shared.files import write_private
+from shared.untrusted import NOT_JSON
 
 
 class VerifyingKey:
@@ -113,10 +114,10 @@ def open_sealed(sealed: bytes, *, payload_type: str, trusted: Mapping[str, Verif
     """
     try:
         envelope = _DECODER.decode(sealed)
-    except msgspec.DecodeError as error:  # ValidationError included
+    except NOT_JSON as error:
         raise PeerError(f"not a signed envelope: {error}") from error
     if envelope.payload_type != payload_type:
-        raise PeerError(f"envelope holds {envelope.payload_type!r}, wanted {payload_type!r}")
+        raise PeerError(f"envelope holds {envelope.payload_type[:64]!r}, wanted {payload_type!r}")
     for signature in envelope.signatures:
         if key := trusted.get(signature.keyid):
             key.verify(signature.sig, _pre_authentication(payload_type, envelope.payload))

@@ -18,6 +18,7 @@ from cloud_coordinator.rollouts.tables import DesiredRow
 from shared.enrolment import EnrolmentRequest
 from shared.errors import PeerError
 from shared.messages import PresenceState
+from shared.untrusted import NOT_JSON
 
 SealReply = Callable[[str], bytes]  # from a device id to the sealed enrolment reply
 router = APIRouter(prefix="/v1", tags=["devices"])
@@ -98,7 +99,7 @@ async def enroll(
     """Bind a device id to an identity key and a node key; answers with a sealed reply."""
     try:
         asked = msgspec.json.decode(await read_body(request), type=EnrolmentRequest)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise PeerError(f"not an enrolment request: {error}") from error
     device_id = await asyncio.to_thread(enrolment.enrol, asked)
     seal_reply = cast("SealReply", request.app.state.seal_reply)

@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -158,7 +158,7 @@ def check_proofs(request: EnrolmentRequest) -> VerifyingKey:
 def _node_key(pem: str) -> ec.EllipticCurvePublicKey:
     try:
         key = load_pem_public_key(pem.encode())
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise PeerError("the node key is not a public key in PEM form") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise PeerError("the node key must be on the curve P-256")

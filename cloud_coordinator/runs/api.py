@@ -16,6 +16,7 @@ from cloud_coordinator.runs.tables import ParticipationRow, RoundRow, RunRow
 from shared.config import convert
 from shared.errors import ConfigError
 from shared.run_plan import RunPlan
+from shared.untrusted import NOT_JSON
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"], dependencies=[Depends(require_admin)])
 STOPPED_BY_OPERATOR = "stopped by the operator"
@@ -96,7 +97,7 @@ async def start_run(request: Request, runs: Runs) -> RunView:
     """Start a run from a plan (JSON, the same keys as the TOML file)."""
     try:
         document = msgspec.json.decode(await read_body(request))
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise ConfigError(f"the plan is not valid JSON: {error}; mend it") from error
     row = await runs.start_run(convert(document, RunPlan, source="the plan"))
     return _view(row, runs.progress(row.run_id))

@@ -22,6 +22,7 @@ from msgspec import Meta
 from edge_agent.inference.engine import DTYPES, Array
 from shared.errors import PeerError
 from shared.manifest import TensorSpec
+from shared.untrusted import NOT_JSON
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 # Which kinds of numbers may fill a tensor from JSON: never a fraction into an integer.
@@ -37,6 +38,11 @@ class RequestError(PeerError):
         self.status = status
 
 
+# The product of a hundred thousand dimensions takes half a minute, in which nobody is answered.
+_MOST_DIMENSIONS = 16
+_Dimension = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
 class _Parameters(msgspec.Struct, frozen=True):
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None  # of an input
     binary_data: bool | None = None  # of an output
@@ -47,7 +53,7 @@ class _Parameters(msgspec.Struct, frozen=True):
 
 class _Input(msgspec.Struct, frozen=True):
     name: str
-    shape: tuple[Annotated[int, Meta(ge=0)], ...]
+    shape: Annotated[tuple[_Dimension, ...], Meta(max_length=_MOST_DIMENSIONS)]
     datatype: str
     parameters: _Parameters = _Parameters()
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -124,7 +130,7 @@ def parse(body: bytes, json_length: str | None) -> InferRequest:
     view = memoryview(body)
     try:
         document = _DECODER.decode(view[:split])
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         raise RequestError(f"the request is not one of the protocol: {error}") from error
     rest = view[split:]
     tensors: dict[str, tuple[str, Array]] = {}
@@ -235,7 +241,7 @@ def _values(tensor: _Input, rest: memoryview) -> tuple[Array, memoryview]:
             f"input {tensor.name!r} of {tensor.datatype} {list(tensor.shape)} takes {wanted} "
             f"bytes, declares {size}, and {len(rest)} are left in the body"
         )
-    return np.frombuffer(rest[:size], dtype).reshape(tensor.shape), rest[size:]
+    return _shaped(np.frombuffer(rest[:size], dtype), tensor), rest[size:]
 
 
 def _from_json(tensor: _Input) -> Array:
@@ -244,7 +250,7 @@ def _from_json(tensor: _Input) -> Array:
     assert isinstance(tensor.data, msgspec.Raw)
     try:
         found = np.asarray(msgspec.json.decode(tensor.data))
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+    except (*NOT_JSON, ValueError) as error:
         raise RequestError(f"input {tensor.name!r} is not an even array of numbers") from error
     if found.size and found.dtype.kind not in _KINDS[dtype.kind]:
         raise RequestError(f"input {tensor.name!r} holds other values than {tensor.datatype}")
@@ -254,11 +260,19 @@ def _from_json(tensor: _Input) -> Array:
             f"{found.size} values of shape {list(found.shape)}"
         )
     with np.errstate(over="ignore"):
-        values = found.astype(dtype).reshape(tensor.shape)
+        values = _shaped(found.astype(dtype), tensor)
     lossless = np.isfinite(values) if dtype.kind == "f" else values.ravel() == found.ravel()
     if not lossless.all():
         raise RequestError(f"input {tensor.name!r} holds values that do not fit {tensor.datatype}")
     return values
+
+
+def _shaped(values: Array, tensor: _Input) -> Array:
+    """Give values their shape; beside a 0, its other dimensions may be beyond any array."""
+    try:
+        return values.reshape(tensor.shape)
+    except ValueError as error:
+        raise RequestError(f"input {tensor.name!r} has a shape that no array can have") from error
 
 
 def _wants_binary(output: _Output, default: bool) -> bool:  # noqa: FBT001 - a private helper

@@ -14,7 +14,7 @@ from msgspec import Meta
 class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One task as a person writes it; two specs with the same digest are the same task."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
     uses: Annotated[str, Meta(max_length=200)]
     options: dict[str, Any] = msgspec.field(default_factory=dict)
 
