@@ -6,6 +6,7 @@ is newer, and durable messages are handled once, by id.
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,11 +88,13 @@ class DeviceService:
 
     def first_time(self, session: Session, envelope: Envelope) -> bool:
         """Note a durable message inside the transaction of its effect; False: it was handled."""
-        if session.get(HandledMessageRow, envelope.id) is not None:
+        # By device, or one that overhears another's id could have that message taken for a copy.
+        name = hashlib.sha256(f"{envelope.device}/{envelope.id}".encode()).hexdigest()
+        if session.get(HandledMessageRow, name) is not None:
             return False
         session.add(
             HandledMessageRow(
-                message_id=envelope.id, device_id=envelope.device, forget_at=envelope.expires_at
+                message_id=name, device_id=envelope.device, forget_at=envelope.expires_at
             )
         )
         return True

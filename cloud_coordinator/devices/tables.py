@@ -44,7 +44,10 @@ class DeviceRow(Base):
 
 
 class HandledMessageRow(Base):
-    """Id of a durable message whose effect is stored; a second copy changes nothing."""
+    """A durable message whose effect is stored; a second copy changes nothing.
+
+    ``message_id`` is the digest of its device and its id, see `DeviceService.first_time`.
+    """
 
     __tablename__ = "handled_messages"
 
