@@ -165,23 +165,27 @@ class Participation:
                 await self._part.trainer.wait()
 
     async def _handle(self, post: _Post, listeners: asyncio.TaskGroup) -> None:
-        part = self._part
         match post:
             case _Invited(invitation=invitation, message_id=message_id):
                 await self._answer(invitation, message_id, listeners)
             case _Stop(cause=cause, done=done):
                 await self._leave(cause)
                 done.set()
-            case Nudge(session_id=session_id) if part and part.session_id == session_id:
-                await part.trainer.send(MessageWaits())
-            case DismissFromRun(session_id=session_id) if part and part.session_id == session_id:
-                await self._leave(post.cause)
-            case _Said(trainer=trainer, message=message) if part and part.trainer is trainer:
-                await self._hear(part, message)
-            case _Ended(trainer=trainer, status=status) if part and part.trainer is trainer:
-                await self._forget(part, self._cause_of_end(part, status))
+            case _ if self._part is not None and _is_about(post, self._part):
+                await self._go_on(post, self._part)
             case _:
                 logger.debug("too late: %s", type(post).__name__)
+
+    async def _go_on(self, post: _Post, part: _Part) -> None:
+        match post:
+            case Nudge():
+                await part.trainer.send(MessageWaits())
+            case DismissFromRun(cause=cause):
+                await self._leave(cause)
+            case _Said(message=message):
+                await self._hear(part, message)
+            case _Ended(status=status):
+                await self._forget(part, self._cause_of_end(part, status))
 
     async def _answer(
         self, invitation: Invitation, message_id: str, listeners: asyncio.TaskGroup
@@ -304,6 +308,17 @@ class Participation:
             return "the trainer heard nothing any more and ended"
         last_words = part.trainer.log_tail(1)
         return f"the trainer ended with status {status}: {last_words or 'no last words'}"
+
+
+def _is_about(post: _Post, part: _Part) -> bool:
+    """Whether ``post`` is about this very trainer, and not one that came before it."""
+    match post:
+        case Nudge(session_id=session_id) | DismissFromRun(session_id=session_id):
+            return session_id == part.session_id
+        case _Said(trainer=trainer) | _Ended(trainer=trainer):
+            return trainer is part.trainer
+        case _:
+            return False
 
 
 async def _end(trainer: Child, cause: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sysconfig
 import tempfile
@@ -125,7 +126,7 @@ def _program(folder: Path, name: str, *options: str) -> Iterator[None]:
         try:
             process.wait(_STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
