@@ -237,7 +237,11 @@ class ControlLink:
     def _is_repeated(self, envelope: Envelope) -> bool:
         if isinstance(envelope.body, _REPEATABLE):
             return False
-        return not self._inbox.take(envelope.id, until=envelope.expires_at, now=self._now())
+        try:
+            return not self._inbox.take(envelope.id, until=envelope.expires_at, now=self._now())
+        except UnavailableError as error:  # obeying twice does no harm, never may
+            logger.error("a command may be obeyed twice: %s", error)  # noqa: TRY400 - a sentence
+            return False
 
     def _envelope(
         self, body: UpBody, *, lifetime: timedelta | None = None, reply_to: str | None = None

@@ -162,6 +162,19 @@ async def test_a_command_is_handed_over_once(agent: Fixture) -> None:
     assert [envelope.body for envelope in agent.received] == [nudge]
 
 
+async def test_a_full_disk_keeps_nobody_from_obeying(
+    agent: Fixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    with agent.state.transaction() as connection:
+        connection.execute("PRAGMA max_page_count = 1")
+    nudge = Nudge(run_id="r", session_id="s")
+    for _ in range(200):
+        sealed = encode(new_envelope(nudge, device="edge-1", now=NOW), COMMAND_KEY)
+        await agent.link._take(topic_of(nudge, fleet="main", device="edge-1"), sealed)
+    assert len(agent.received) == 200
+    assert "may be obeyed twice" in caplog.text
+
+
 async def test_a_restart_that_was_announced_spreads_the_return(agent: Fixture) -> None:
     notice = Notice(kind="restarting", window_s=1000)
     sealed = encode(new_envelope(notice, device="*", now=NOW), COMMAND_KEY)
