@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
-from flwr.server.superlink.linkstate import LinkState
+from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse
+from flwr.server.superlink.linkstate import InMemoryLinkState, LinkState
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.dependencies.task import authenticate_task
@@ -60,6 +61,18 @@ def _activate(request: Any, state: LinkState) -> Message:
     return fleet_handlers.activate_node(request, state)
 
 
+def _confirm(request: Any, state: LinkState) -> Message:
+    """Let the SuperLink forget a message that this node has; of others' it may not dispose.
+
+    Stock Flower deletes whatever message is named, so that one node could take away another's work.
+    """
+    assert isinstance(state, InMemoryLinkState)  # as superlink_process.py asks for
+    message = state.message_ins_store.get(request.message_object_id)
+    if message is not None and message.metadata.dst_node_id == request.node.node_id:
+        return fleet_handlers.confirm_message_received(request, state, state.object_store)
+    return ConfirmMessageReceivedResponse()  # expired by now, or none of its business
+
+
 _FLEET_ROUTES: Mapping[str, _FleetRoute] = {
     "register-node": _FleetRoute(
         lambda request, state: fleet_handlers.register_node(
@@ -83,11 +96,7 @@ _FLEET_ROUTES: Mapping[str, _FleetRoute] = {
     "get-fab": _FleetRoute(fleet_handlers.get_fab),
     "push-object": _FleetRoute(fleet_handlers.push_object, max_body_bytes=16 * _MIB),
     "pull-object": _FleetRoute(fleet_handlers.pull_object),
-    "confirm-message-received": _FleetRoute(
-        lambda request, state: fleet_handlers.confirm_message_received(
-            request, state, state.object_store
-        )
-    ),
+    "confirm-message-received": _FleetRoute(_confirm),
 }
 _RUNTIME_ROUTES: Mapping[str, Callable[[Any, LinkState, Any], Message]] = {
     "push-messages": runtime_handlers.push_messages,

@@ -14,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PushTaskOutputRequest
 
 from cloud_coordinator.flower.grid import RunGrid, open_run
@@ -81,6 +82,19 @@ def test_a_reply_that_is_still_uploading_delays_nobody(
 
     assert before == [[], []]
     (reply,) = grid.pull_messages([message_id])
+    assert reply.content.config_records["n"]["n"] == 1
+
+
+def test_a_node_cannot_dispose_of_a_message_to_another(grid: RunGrid, join: Join) -> None:
+    thief, victim = join(), join(1)
+    (message_id,) = grid.push_messages([question(victim.node_id)])
+    request = ConfirmMessageReceivedRequest(
+        node=thief._node, run_id=grid.run.run_id, message_object_id=message_id
+    )
+    thief._client.ConfirmMessageReceived(request)
+
+    list(victim.work())
+    (reply,) = grid.iter_replies([message_id])
     assert reply.content.config_records["n"]["n"] == 1
 
 
