@@ -4,6 +4,7 @@ import sys
 
 from cloud_coordinator.cli import app
 from shared.errors import ShoalError
+from shared.logs import visible
 
 
 def main() -> None:
@@ -11,7 +12,8 @@ def main() -> None:
     try:
         app()
     except ShoalError as error:
-        sys.stderr.write(f"shoal: {error}\n")
+        words = "\n".join(map(visible, str(error).splitlines()))  # some are of devices
+        sys.stderr.write(f"shoal: {words}\n")
         sys.exit(1)
 
 

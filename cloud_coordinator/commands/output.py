@@ -1,4 +1,7 @@
-"""How commands print: a table for people, one JSON document for programs."""
+"""How commands print: a table for people, one JSON document for programs.
+
+Devices choose some of the words, so no cell is markup and none can steer the terminal.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,6 +10,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from shared.logs import visible
 
 _DIGEST_LENGTH = 12  # of 64; enough to tell versions apart
 
@@ -24,7 +30,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty:
         return
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(visible(cell)) for cell in row))
     console.print(table)
 
 
@@ -33,7 +39,8 @@ def print_facts(facts: Mapping[str, str]) -> None:
     console = Console()
     width = max(map(len, facts))
     for name, value in facts.items():
-        console.print(f"{name:<{width}}  {value}", highlight=False, markup=False)
+        line = f"{name:<{width}}  {visible(value)}"
+        console.print(line, highlight=False, markup=False)
 
 
 def moment(text: str | None) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from cloud_coordinator.commands.client import DEFAULT_HOME, ApiClient, AsJson, Home
 from cloud_coordinator.commands.output import digest, moment, print_facts, print_json, print_table
 from shared.errors import ShoalError
+from shared.logs import visible
 from shared.run_plan import read_plan
 
 runs = typer.Typer(help="Runs: training of one model over many rounds.", no_args_is_help=True)
@@ -127,7 +128,7 @@ def watch_run(
 def _note(*, as_json: bool) -> Callable[[str], None]:
     """Return what prints progress: to standard error where the output is JSON."""
     console = Console(stderr=as_json, highlight=False, markup=False)
-    return console.print
+    return lambda line: console.print(visible(line))
 
 
 def _round_row(record: dict[str, Any]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from shared.parameters import Vector
 EXAMPLES = "examples"  # the statistic that weighs an update
 MAX_EXAMPLES = 10**9  # a device that claims more would drown all others
 MAX_STATISTICS = 100
+MAX_NAME_LENGTH = 128
 _BLOCK = 65_536  # elements that are widened to float64 at a time
 
 
@@ -45,6 +46,8 @@ def check_statistics(statistics: Mapping[str, float]) -> None:
     if len(statistics) > MAX_STATISTICS:
         raise PeerError(f"{len(statistics)} statistics are over the limit of {MAX_STATISTICS}")
     for name, value in statistics.items():
+        if len(name) > MAX_NAME_LENGTH:
+            raise PeerError(f"the name {name[:64]!r}… of a statistic is too long")
         if not math.isfinite(value):
             raise PeerError(f"the statistic {name[:64]!r} is {value}")
     examples = statistics.get(EXAMPLES)
