@@ -29,7 +29,7 @@ from shared.enrolment import (
     binding,
 )
 from shared.errors import ConfigError, PeerError, UnavailableError
-from shared.files import write_atomic, write_private
+from shared.files import make_folder, write_atomic, write_private
 from shared.messages import DEVICE_ID_PATTERN
 from shared.signing import SigningKey, VerifyingKey, open_sealed
 from shared.untrusted import NOT_JSON
@@ -77,6 +77,7 @@ def enroll(home: Path, coordinator_url: str, token: str, device_id: str | None) 
             f"{home} is enrolled already as {enrolled.device_id}; choose another --home"
         )
     parsed = JoinToken.parse(token)
+    make_folder(home)
     try:
         identity = SigningKey.load_or_create(home / "identity.pem")
         node_key = _load_or_create_node_key(home / "node.pem")

@@ -41,9 +41,12 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` with its parents; raise UnavailableError where that cannot be done."""
+    """Make ``folder`` with its parents; raise UnavailableError where that cannot be done.
+
+    A new one is for its owner alone: not all that lies in a home is secret, but none of it public.
+    """
     with explained_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
