@@ -239,7 +239,7 @@ class ControlLink:
             return False
         try:
             return not self._inbox.take(envelope.id, until=envelope.expires_at, now=self._now())
-        except UnavailableError as error:  # obeying twice does no harm, never may
+        except UnavailableError as error:  # to obey twice is harmless, not to is not
             logger.error("a command may be obeyed twice: %s", error)  # noqa: TRY400 - a sentence
             return False
 

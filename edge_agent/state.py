@@ -20,16 +20,16 @@ from shared.files import make_folder
 
 _SCHEMA_VERSION = 1
 _SCHEMA = """
-CREATE TABLE outbox (
+CREATE TABLE IF NOT EXISTS outbox (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     message_id TEXT NOT NULL UNIQUE,
     topic TEXT NOT NULL,
     payload BLOB NOT NULL,
     expires_at REAL NOT NULL
 );
-CREATE TABLE seen (message_id TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;
-CREATE INDEX seen_until ON seen (until);
-CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS seen (message_id TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS seen_until ON seen (until);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
 _BUSY_TIMEOUT_S = 5.0
 
@@ -51,7 +51,6 @@ class AgentState:
             self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)
         try:
             with self._explained():
-                self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
                 self._make_tables()
         except BaseException:
@@ -99,8 +98,10 @@ class AgentState:
                 f"{self._path} was written by a newer shoal-agent; install that version again"
             )
         if version == 0:
+            self._connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
+            # Daemon and `status` may both find it empty: the second waits, and changes nothing.
             self._connection.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
+                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
             )
 
     @contextlib.contextmanager

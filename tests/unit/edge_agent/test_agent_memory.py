@@ -195,3 +195,14 @@ def test_thirty_killed_writers_lose_no_message_that_was_kept(tmp_path: Path) -> 
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert kept <= found
     assert len(found) <= len(kept) + 30  # at most the one that each life had not reported yet
+
+
+def test_two_programs_may_open_a_new_database_at_once(tmp_path: Path) -> None:
+    """Both found it empty; whoever comes second finds the tables of the first."""
+    path = tmp_path / "state.db"
+    with AgentState(path) as first:
+        first.write("fact", Fact(7))
+        with first.transaction() as connection:
+            connection.execute("PRAGMA user_version = 0")  # as the second one read it
+        with AgentState(path) as second:
+            assert second.read("fact", Fact) == Fact(7)
