@@ -98,6 +98,7 @@ class InferenceApp:
                 protocol.decompress, body, encoding, limit_bytes=self._max_body_bytes
             )
             take(len(body) - packed)
+        take(protocol.JSON_WEIGHT * protocol.length_of_json(body, json_length))
         if len(body) < _INLINE_BYTES:
             return protocol.parse(body, json_length)
         return await asyncio.to_thread(protocol.parse, body, json_length)

@@ -24,6 +24,9 @@ from shared.errors import PeerError
 from shared.manifest import TensorSpec
 from shared.untrusted import NOT_JSON
 
+MAX_JSON_BYTES = 8 * 1024 * 1024
+# Memory that one byte of JSON takes while it is read: numbers about 11 bytes, empty lists 33.
+JSON_WEIGHT = 12
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 # Which kinds of numbers may fill a tensor from JSON: never a fraction into an integer.
 _KINDS = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}
@@ -126,7 +129,7 @@ def parse(body: bytes, json_length: str | None) -> InferRequest:
     Raises:
         RequestError: it breaks the protocol.
     """
-    split = len(body) if json_length is None else _split_at(json_length, len(body))
+    split = length_of_json(body, json_length)
     view = memoryview(body)
     try:
         document = _DECODER.decode(view[:split])
@@ -209,6 +212,22 @@ def render(
 def render_error(message: str) -> bytes:
     """Return the one form of error that clients of the protocol can read."""
     return orjson.dumps({"error": message})
+
+
+def length_of_json(body: bytes, json_length: str | None) -> int:
+    """Return where a body's JSON ends and its binary tensors begin.
+
+    Raises:
+        RequestError: there is no such place, or the JSON alone is over `MAX_JSON_BYTES` (413).
+    """
+    length = len(body) if json_length is None else _split_at(json_length, len(body))
+    if length > MAX_JSON_BYTES:
+        raise RequestError(
+            f"{length} bytes of JSON are over the limit of {MAX_JSON_BYTES}; send fewer rows at a "
+            "time, or the tensors in binary",
+            status=413,
+        )
+    return length
 
 
 def _split_at(json_length: str, body_length: int) -> int:

@@ -105,3 +105,13 @@ def test_a_shape_of_a_hundred_thousand_dimensions_costs_no_time() -> None:
     with pytest.raises(RequestError):
         infer([2**31 - 1] * 100_000, "[]")
     assert time.process_time() - started < 1.0
+
+
+def test_json_that_takes_many_times_its_size_in_memory_is_refused_unread() -> None:
+    body = b'{"inputs": [' + b"[]," * (protocol.MAX_JSON_BYTES // 3) + b"[]]}"
+    started = time.process_time()
+    with pytest.raises(RequestError, match="send fewer rows at a time, or the tensors in binary"):
+        protocol.parse(body, None)
+    with pytest.raises(RequestError, match="over the limit"):
+        protocol.parse(body, str(len(body)))
+    assert time.process_time() - started < 0.5
