@@ -58,6 +58,7 @@ from shared.errors import (
     UnavailableError,
     UnfitModelError,
 )
+from shared.files import make_folder
 from shared.messages import Envelope, Hello, utc_now
 from shared.signing import seal
 
@@ -107,7 +108,7 @@ class Coordinator:
         """
         self.settings, self._parts = settings, parts
         home = settings.home
-        home.mkdir(parents=True, exist_ok=True)
+        make_folder(home)
         rng = random.Random()  # noqa: S311  # jitter, no secret
         self.keys = load_keys(home)
         self.database = Database(settings.database_url)
