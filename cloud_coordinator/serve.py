@@ -14,7 +14,7 @@ import uvicorn
 
 from cloud_coordinator.app import Coordinator, Parts
 from cloud_coordinator.settings import Settings, choose_ports, write_service
-from shared.errors import ShoalError, UnavailableError
+from shared.errors import ShoalError, UnavailableError, innermost
 from shared.files import make_folder
 from shared.listening import require_free_port
 
@@ -38,7 +38,7 @@ def run_service(settings: Settings, parts: Parts | None = None) -> None:
         try:
             asyncio.run(_serve(coordinator))
         except* ShoalError as group:
-            raise _first(group) from group
+            raise innermost(group) from group
 
 
 async def _serve(coordinator: Coordinator) -> None:
@@ -119,12 +119,3 @@ def _only_one(home: Path) -> Generator[None, None, None]:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-
-
-def _first(group: BaseExceptionGroup[ShoalError]) -> ShoalError:
-    """Return the first plain error inside nested groups."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, ShoalError)
-    return error

@@ -15,7 +15,7 @@ from edge_agent.enrolment import load_enrolment
 from edge_agent.settings import AgentSettings
 from edge_agent.state import AgentState, only_agent_of
 from edge_agent.status import STATE_FILE, describe, read_status
-from shared.errors import ConfigError, ShoalError
+from shared.errors import ConfigError, ShoalError, innermost
 from shared.logs import configure_logging
 from shared.messages import utc_now
 
@@ -78,7 +78,7 @@ def run(
         try:
             asyncio.run(run_agent(settings, enrolment, state))
         except* ShoalError as group:
-            raise _first(group) from group
+            raise innermost(group) from group
 
 
 @app.command()
@@ -100,9 +100,3 @@ def _read_settings(**given: Any) -> AgentSettings:
         first = error.errors()[0]
         name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
         raise ConfigError(f"--{name}: {first['msg']}; change it and try again") from error
-
-
-def _first(group: BaseExceptionGroup[ShoalError]) -> ShoalError:
-    """Return the first plain error inside nested groups."""
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

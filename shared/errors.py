@@ -74,3 +74,10 @@ class UnfitModelError(ShoalError):
 
 class IllegalTransitionError(ShoalError):
     """A lifecycle was given an event that its state does not accept."""
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Return the first plain error inside nested exception groups, such as TaskGroups raise."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -22,7 +22,7 @@ import aiomqtt
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from shared.errors import ConfigError, UnavailableError
+from shared.errors import ConfigError, UnavailableError, innermost
 from shared.messages import MAX_MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class MqttSession:
             try:
                 await self._serve_one_connection()
             except* (aiomqtt.MqttError, UnavailableError) as group:
-                cause = _innermost(group)
+                cause = str(innermost(group))
             failures = 0 if clock() - started >= _STEADY_AFTER_S else failures + 1
             delay_s = self._draw_delay(failures)
             where = f"{self._host}:{self._port}"
@@ -246,10 +246,3 @@ def _expiry(packet: int, expiry_s: int | None) -> Properties:
     if expiry_s is not None:
         properties.MessageExpiryInterval = expiry_s
     return properties
-
-
-def _innermost(error: BaseException) -> str:
-    """Return what the first plain error inside nested groups says."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return str(error)
