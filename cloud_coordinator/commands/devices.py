@@ -15,8 +15,8 @@ devices = typer.Typer(help="Enrolled devices.", no_args_is_help=True)
 def create_token(
     home: Home = DEFAULT_HOME,
     *,
-    uses: Annotated[int, typer.Option(help="Devices that may join with it.")] = 1,
-    ttl: Annotated[float, typer.Option(help="Seconds until it expires.")] = 3600,
+    uses: Annotated[int, typer.Option(help="Devices that may join with it.", min=1)] = 1,
+    ttl: Annotated[float, typer.Option(help="Seconds until it expires.", min=1)] = 3600,
     as_json: AsJson = False,
 ) -> None:
     """Print a new join token. It is shown this once; the coordinator keeps only a hash."""

@@ -4,6 +4,7 @@ Devices choose some of the words, so no cell is markup and none can steer the te
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 from shared.logs import visible
 
 _DIGEST_LENGTH = 12  # of 64; enough to tell versions apart
+_UNWRAPPED = 10_000  # columns; programs that read lines want one for each row
 
 
 def print_json(document: Any) -> None:
@@ -24,23 +26,33 @@ def print_json(document: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> None:
     """Print rows under ``columns``, or the sentence ``empty`` where there are none."""
-    console = Console()
     if not rows:
-        console.print(empty)
+        people().print(empty)
         return
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # half an id is of no use to anybody
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
-    console.print(table)
+    people().print(table)
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
     """Print names and values, one a line."""
-    console = Console()
-    width = max(map(len, facts))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in facts.items():
-        line = f"{name:<{width}}  {visible(value)}"
-        console.print(line, highlight=False, markup=False)
+        table.add_row(name, Text(visible(value)))
+    people().print(table)
+
+
+def people(*, to_stderr: bool = False) -> Console:
+    """Return what prints for people: as wide as their terminal, unwrapped into pipes and files."""
+    console = Console(stderr=to_stderr, highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _UNWRAPPED
+    return console
 
 
 def moment(text: str | None) -> str:

@@ -7,11 +7,17 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 
 from cloud_coordinator.commands.client import DEFAULT_HOME, ApiClient, AsJson, Home
-from cloud_coordinator.commands.output import digest, moment, print_facts, print_json, print_table
-from shared.errors import ShoalError
+from cloud_coordinator.commands.output import (
+    digest,
+    moment,
+    people,
+    print_facts,
+    print_json,
+    print_table,
+)
+from shared.errors import ShoalError, UnavailableError
 from shared.logs import visible
 from shared.run_plan import read_plan
 
@@ -19,6 +25,7 @@ runs = typer.Typer(help="Runs: training of one model over many rounds.", no_args
 
 _ENDED = {"finished", "failed", "stopped"}
 _POLL_S = 1.0
+_AWAY_S = 300.0  # a coordinator that starts again is back sooner
 
 
 @runs.command("start")
@@ -34,7 +41,11 @@ def start_run(
     client = ApiClient(home)
     run = client.post("/v1/runs", document)
     if watch:
-        run = watch_run(client, run["run_id"], say=_note(as_json=as_json), pause=time.sleep)
+        try:
+            run = watch_run(client, run["run_id"], say=_note(as_json=as_json), pause=time.sleep)
+        except KeyboardInterrupt:
+            typer.echo(f"the run goes on; end it with 'shoal run stop {run['run_id']}'", err=True)
+            raise typer.Exit(130) from None
     if as_json:
         print_json(run)
     elif not watch:
@@ -96,7 +107,7 @@ def stop_run(run_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False)
 def watch_run(
     client: ApiClient, run_id: str, *, say: Callable[[str], None], pause: Callable[[float], None]
 ) -> Any:
-    """Say what is new about a run until it ends, and return it.
+    """Say what is new about a run until it ends, and return it; outlive a coordinator's restart.
 
     Args:
         client: to ask.
@@ -106,15 +117,17 @@ def watch_run(
 
     Raises:
         ShoalError: the run did not finish.
+        UnavailableError: the coordinator was away for minutes.
     """
+    say(f"run {run_id}")
     seen_rounds, last = 0, ""
     while True:
-        run = client.get(f"/v1/runs/{run_id}")
+        run = _ask_patiently(client, f"/v1/runs/{run_id}", say=say, pause=pause)
         for record in run["rounds"][seen_rounds:]:
-            say("  ".join(_round_row(record)))
+            say(_round_line(record))
         seen_rounds = len(run["rounds"])
         now = f"{run['state']}: {run['doing']}" if run["doing"] else run["state"]
-        if now != last:
+        if now != last and run["state"] not in _ENDED:
             say(now)
         last = now
         if run["state"] in _ENDED:
@@ -122,13 +135,37 @@ def watch_run(
         pause(_POLL_S)
     if run["state"] != "finished":
         raise ShoalError(f"run {run_id} {run['state']}: {run['cause']}")
+    say(f"finished: model version {digest(run['model_version'])}")
     return run
+
+
+def _ask_patiently(
+    client: ApiClient, path: str, *, say: Callable[[str], None], pause: Callable[[float], None]
+) -> Any:
+    """GET ``path``; while the coordinator is away say so once, and ask again."""
+    waited_s = 0.0
+    while True:
+        try:
+            return client.get(path)
+        except UnavailableError as error:
+            if waited_s >= _AWAY_S:
+                raise
+            if not waited_s:
+                say(f"{error}; waiting for it, Ctrl-C ends only this view")
+        pause(_POLL_S)
+        waited_s += _POLL_S
 
 
 def _note(*, as_json: bool) -> Callable[[str], None]:
     """Return what prints progress: to standard error where the output is JSON."""
-    console = Console(stderr=as_json, highlight=False, markup=False)
+    console = people(to_stderr=as_json)
     return lambda line: console.print(visible(line))
+
+
+def _round_line(record: dict[str, Any]) -> str:
+    number, state, seconds, metrics, present, absent = _round_row(record)
+    line = f"round {number:>3}  {state} in {seconds} s  {metrics}  {present}"
+    return f"{line}  ({absent})" if absent else line
 
 
 def _round_row(record: dict[str, Any]) -> tuple[str, ...]:

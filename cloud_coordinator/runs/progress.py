@@ -1,6 +1,6 @@
 """What a run does right now, for people: kept in memory, since a crash makes all of it untrue."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 
 
@@ -15,7 +15,7 @@ class Progress:
     joined: int = 0
     wanted: int = 0
     replied: int = 0
-    cohort: tuple[str, ...] = field(default=())
+    asked: int = 0  # devices whose replies the stage waits for
     note: str = ""
 
     @property
@@ -32,7 +32,7 @@ class Progress:
             case "train" | "evaluate":
                 verb = "training" if self.doing == "train" else "evaluating"
                 return (
-                    f"round {self.round_number}: {verb}, {self.replied} of {len(self.cohort)} "
+                    f"round {self.round_number}: {verb}, {self.replied} of {self.asked} "
                     f"replied{self._times()}"
                 )
             case "exporting":
@@ -46,5 +46,5 @@ class Progress:
         return f" ({self.note})" if self.note else ""
 
     def _times(self) -> str:
-        until = f", until {self.until:%H:%M:%S} UTC" if self.until else ""
-        return f", since {self.since:%H:%M:%S} UTC{until}"
+        until = f", until {self.until:%H:%M:%S}" if self.until else ""
+        return f", since {self.since:%H:%M:%S}{until} UTC"

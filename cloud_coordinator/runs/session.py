@@ -253,6 +253,7 @@ class RunSession:
                     doing=message.stage,
                     round_number=message.round_number,
                     replied=message.replied,
+                    asked=message.cohort,
                 )
             case NudgeDevices(device_ids):
                 await self._nudge(device_ids)
@@ -366,7 +367,7 @@ class RunSession:
             until=message.deadline_at,
             round_number=message.round_number,
             joined=self._recruitment.count(InvitationState.JOINED),
-            cohort=message.cohort,
+            asked=len(message.cohort),
         )
         if not self._rounds_run:
             await self._move(RunEvent.ROUND_STARTED)
