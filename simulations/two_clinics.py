@@ -1,6 +1,6 @@
 """Writes the two CSV files of the README's tutorial: ``python -m simulations.two_clinics FOLDER``.
 
-The rows are real: the breast cancer data of Wisconsin (UCI, 569 patients) that scikit-learn bundles,
+The rows are real: Wisconsin's breast cancer data (UCI, 569 patients), which scikit-learn bundles,
 dealt to two clinics of different kinds: one sees mostly large tumours, the other mostly small ones.
 """
 
