@@ -7,7 +7,6 @@ then silently drops part of it.
 """
 
 import asyncio
-import getpass
 import os
 import shutil
 import sys
@@ -50,13 +49,12 @@ dynamic_filters = true
 """
 
 _MOSQUITTO_CONFIG = """\
-# Written by Shoal ('shoal broker config'); mosquitto 2.0 or newer.
+# Written by Shoal ('shoal broker config'); mosquitto 2.0 or newer, started in this folder.
 per_listener_settings false
 listener {port} {host}
 # Anonymous, because devices have no certificates yet: the listener is on loopback only, and every
 # message is signed end to end, so a stranger on this machine can delay or drop but forge nothing.
 allow_anonymous true
-user {user}
 persistence true
 persistence_location {state}/
 autosave_interval 30
@@ -115,14 +113,14 @@ def plan_broker(choice: str, *, host: str, port: int) -> BrokerPlan:
 def mosquitto_config(*, host: str, port: int, state: Path) -> str:
     """Return the configuration under which mosquitto passes our contract tests."""
     return _MOSQUITTO_CONFIG.format(
-        host=host, port=port, state=state, user=getpass.getuser(), packet_bytes=MAX_PACKET_BYTES
+        host=host, port=port, state=state, packet_bytes=MAX_PACKET_BYTES
     )
 
 
 def write_mosquitto_config(folder: Path, *, host: str, port: int) -> Path:
     """Write ``mosquitto.conf`` and its state folder into ``folder``; return the file."""
-    state = folder.resolve() / "mosquitto"
-    state.mkdir(parents=True, exist_ok=True)
+    state = Path("mosquitto")  # relative: mosquitto is started in the folder
+    (folder / state).mkdir(parents=True, exist_ok=True)
     path = folder / "mosquitto.conf"
     path.write_text(mosquitto_config(host=host, port=port, state=state), encoding="utf-8")
     return path
@@ -171,7 +169,15 @@ def _mosquitto_argv(plan: BrokerPlan, folder: Path) -> list[str]:
             "mosquitto is not installed; install the package 'mosquitto' or use --broker embedded"
         )
     config = write_mosquitto_config(folder, host=plan.host, port=plan.port)
-    return [sys.executable, "-m", "cloud_coordinator.leash", program, "-c", str(config)]
+    return [
+        sys.executable,
+        "-m",
+        "cloud_coordinator.leash",
+        str(folder),
+        program,
+        "-c",
+        config.name,
+    ]
 
 
 async def _wait_until_listening(child: Child, plan: BrokerPlan) -> None:

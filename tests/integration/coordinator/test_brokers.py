@@ -65,6 +65,22 @@ async def test_a_message_as_large_as_ours_may_be_passes_through(
     assert child.returncode is not None
 
 
+async def test_mosquitto_is_not_root_even_if_we_are_and_keeps_what_was_retained(
+    tmp_path: Path,
+) -> None:
+    require_program("mosquitto", package="mosquitto")
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    plan = plan_broker("mosquitto", host="127.0.0.1", port=free_port())
+    child = await start_broker(plan, home=home)
+    status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")  # noqa: ASYNC240  # no disk
+    await child.stop()
+
+    (users,) = [line.split()[1:] for line in status.splitlines() if line.startswith("Uid:")]
+    assert "0" not in users
+    assert (home / "broker" / "mosquitto" / "mosquitto.db").exists()
+
+
 async def test_a_port_in_use_is_one_sentence(broker: BrokerPlan, tmp_path: Path) -> None:
     sentence = r"in use, so the .* broker cannot start"
     with (
@@ -154,5 +170,5 @@ def test_the_mosquitto_configuration_avoids_the_silent_losses(tmp_path: Path) ->
     assert "max_queued_messages 200000" in lines
     assert "max_inflight_messages 500" in lines
     assert "listener 1883 127.0.0.1" in lines
-    assert f"persistence_location {tmp_path}/mosquitto/" in lines
+    assert "persistence_location mosquitto/" in lines
     assert mosquitto_config(host="::1", port=1, state=tmp_path).count("listener 1 ::1") == 1
