@@ -11,7 +11,7 @@ def main() -> None:
     try:
         app(prog_name="shoal-agent")
     except ShoalError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"shoal-agent: {error}\n")
         sys.exit(1)
 
 

@@ -243,7 +243,6 @@ class Agent:
             pid=os.getpid(),
             online=self._link.online,
             doing=self._participation.doing,
-            tasks=self._task_names(),
             desired_version=reported.desired_version,
             deployment=reported.deployment,
             serving_version=reported.serving_version,
@@ -282,5 +281,5 @@ async def run_agent(settings: AgentSettings, enrolment: Enrolment, state: AgentS
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     rng = random.Random()  # noqa: S311 - jitter, not a secret
-    async with httpx.AsyncClient(base_url=enrolment.api_url) as http:
+    async with httpx.AsyncClient(base_url=enrolment.api_url, trust_env=False) as http:
         await Agent(settings, enrolment, state, http=http, rng=rng).run(stop)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edge_agent.data_registry import DataEntry, DataRegistry
+from edge_agent.enrolment import is_enrolled
 from shared.errors import DataError
 from shared.messages import utc_now
 from shared.tasks.spec import TaskSpec
@@ -39,14 +40,17 @@ def add(
 ) -> None:
     """Check data against a task's contract, and let the device train on them from now on.
 
-    Data of the same name are replaced. Rows that break the contract are left out and counted; a
-    source with too many is refused. A tenth of the rows is held out to measure on, for ever.
+    Data of the same name are replaced. Rows that break the contract are left
+    out and counted; a source with too many is refused. A tenth of the rows is
+    held out to measure on, for ever.
     """
     from edge_agent.local_data import read_task_spec  # noqa: PLC0415  # see the module's docstring
 
     entry = _check(name, path, read_task_spec(task))
     DataRegistry(home).add(entry)
     _show(entry, f"data {name!r} can be trained on for task {entry.task.name!r}")
+    if not is_enrolled(home):
+        typer.echo(f"{home} is not enrolled yet; 'shoal-agent enroll --home {home} …' does that")
 
 
 @app.command()
@@ -70,9 +74,12 @@ def list_(*, home: Home) -> None:
     if not entries:
         typer.echo("no data yet; add some with `shoal-agent data add NAME PATH --task TASK.toml`")
         return
-    table = Table("name", "task", "train", "held out", "skipped", "checked", "path")
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "task", "train", "held out", "skipped", "checked (UTC)", "path"):
+        counts = column in {"train", "held out", "skipped"}
+        table.add_column(column, justify="right" if counts else "left", overflow="fold")
     for entry in entries:
-        checked = f"{entry.checked_at:%Y-%m-%d %H:%M}Z"
+        checked = f"{entry.checked_at:%Y-%m-%d %H:%M}"
         table.add_row(
             entry.name,
             entry.task.name,
@@ -112,13 +119,15 @@ def _difference(before: DataEntry, after: DataEntry) -> str:
 
 def _show(entry: DataEntry, sentence: str) -> None:
     """Print the counts of one entry, and what they mean."""
-    typer.echo(f"{entry.name}: {entry.path}")
-    table = Table("rows", "count")
-    table.add_row("usable", f"{entry.usable_rows:,}")
-    table.add_row("  to train on", f"{entry.train_rows:,}")
-    table.add_row("  held out", f"{entry.held_out_rows:,}")
+    typer.echo(f"{entry.name}: {entry.path}, rows:")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("  usable", f"{entry.usable_rows:,}")
+    table.add_row("    to train on", f"{entry.train_rows:,}")
+    table.add_row("    held out", f"{entry.held_out_rows:,}")
     for reason, count in sorted(entry.skipped.items()):
-        table.add_row(escape(f"skipped: {reason}"), f"{count:,}")
+        table.add_row(escape(f"  skipped: {reason}"), f"{count:,}")
     Console().print(table)
     typer.echo(sentence)
     if not entry.held_out_rows:

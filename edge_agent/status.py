@@ -5,12 +5,16 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.enrolment import load_enrolment
+from edge_agent.data_registry import DataRegistry
+from edge_agent.enrolment import Enrolment, load_enrolment
+from edge_agent.slots import Slots, verified_manifest
 from edge_agent.state import AgentState, is_running
+from shared.errors import DataError, UntrustedModelError
 from shared.messages import DeploymentState
 
 STATE_FILE = "state.db"
 _FACT = "status"
+_DIGEST_LENGTH = 12  # of 64, as the coordinator shows them
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,7 +23,6 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     online: bool = False  # the broker is connected
     doing: str = ""  # the run its trainer works for, and what it does; empty: nothing
-    tasks: tuple[str, ...] = ()  # that the owner gave data to
     desired_version: int = 0
     deployment: DeploymentState = DeploymentState.IDLE
     serving_version: str | None = None  # digest of the manifest
@@ -37,7 +40,10 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     fleet: str
     coordinator: str
     running: bool
+    tasks: tuple[str, ...]  # that the owner gave data to
+    data_problem: str = ""  # why the data registry cannot be read
     inference_url: str | None  # only while it runs
+    serving_model: str | None  # name under which the inference server offers the version
     snapshot: Snapshot | None  # None before the first start
     read_at: datetime
 
@@ -56,33 +62,63 @@ def read_status(home: Path, *, now: datetime) -> AgentStatus:
         with AgentState(home / STATE_FILE) as state:
             snapshot = state.read(_FACT, Snapshot)
     address = snapshot.inference_address if snapshot is not None and running else None
+    tasks, data_problem = _tasks(home)
     return AgentStatus(
         device_id=enrolment.device_id,
         fleet=enrolment.fleet,
         coordinator=enrolment.api_url,
         running=running,
+        tasks=tasks,
+        data_problem=data_problem,
         inference_url=f"http://{address}" if address else None,
+        serving_model=_served_model(home, enrolment, snapshot),
         snapshot=snapshot,
         read_at=now,
     )
+
+
+def _tasks(home: Path) -> tuple[tuple[str, ...], str]:
+    """Return the tasks that have data here, also before the daemon runs, or why nobody knows."""
+    try:
+        return tuple(sorted(entry.task.name for entry in DataRegistry(home).entries())), ""
+    except DataError as error:
+        return (), str(error)
+
+
+def _served_model(home: Path, enrolment: Enrolment, snapshot: Snapshot | None) -> str | None:
+    slot = Slots(home).current
+    if slot is None or snapshot is None:
+        return None
+    try:
+        found = verified_manifest(slot, enrolment.model_keys)
+    except UntrustedModelError:
+        return None
+    return found.manifest.model if found.version == snapshot.serving_version else None
 
 
 def describe(status: AgentStatus) -> str:
     """Return the status in lines for a person."""
     snapshot = status.snapshot or Snapshot(pid=0)
     online = "online" if snapshot.online else "not connected to the coordinator's broker"
-    serving = f"model {snapshot.serving_version}" if snapshot.serving_version else "no model yet"
-    where = f" at {status.inference_url}" if status.inference_url else ""
+    tasks = status.data_problem or ", ".join(status.tasks) or "no task; see shoal-agent data add"
     lines = [
         f"device    {status.device_id} of fleet {status.fleet}",
         f"joined    {status.coordinator}",
         f"daemon    {f'runs, {online}' if status.running else 'does not run'}",
-        f"data for  {', '.join(snapshot.tasks) or 'no task; see shoal-agent data add'}",
+        f"data for  {tasks}",
         f"training  {snapshot.doing or 'nothing'}",
-        f"serving   {serving}{where}",
+        f"serving   {_serving(status, snapshot)}",
     ]
     if snapshot.cause:
         lines.append(f"trouble   {snapshot.cause}")
     if snapshot.outbox_depth:
         lines.append(f"unsent    {snapshot.outbox_depth} messages wait for the coordinator")
     return "\n".join(lines)
+
+
+def _serving(status: AgentStatus, snapshot: Snapshot) -> str:
+    if not snapshot.serving_version:
+        return "no model yet"
+    version = snapshot.serving_version[:_DIGEST_LENGTH]
+    model = f"model {status.serving_model or '?'}, version {version}"
+    return f"{model}, at {status.inference_url}" if status.inference_url else model

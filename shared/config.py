@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from shared.errors import ConfigError
 
 T = TypeVar("T")
-_UNKNOWN_FIELD = re.compile(r"unknown field `(?P<key>[^`]*)`(?: - at `(?P<path>[^`]*)`)?")
+_MISSING_FIELD = re.compile(r"Object missing required field `(?P<key>[^`]*)`")
+_NO_CHOICE = re.compile(r"Invalid enum value (?P<value>.*)")
+_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`")
+_STEP = re.compile(r"\[[^]]*\]|[^.\[\]]+")
 
 
 def read_toml(path: Path, kind: type[T]) -> T:
@@ -43,23 +47,59 @@ def convert(document: Any, kind: type[T], *, source: str) -> T:
 
 def _explain(message: str, kind: type) -> str:
     """Say msgspec's complaint in TOML's words, with a guess at what was meant."""
-    if match := _UNKNOWN_FIELD.search(message):
-        path = (match["path"] or "$").removeprefix("$").removeprefix(".")
-        known = _fields_at(kind, path.split(".") if path else [])
-        where = f"in [{path}]" if path else "at the top"
+    text, _, place = message.partition(" - at `$")
+    path = place.strip("`").removeprefix(".")
+    where = f"in [{path}]" if path else "at the top"
+    if match := _UNKNOWN_FIELD.fullmatch(text):
+        known = _keys(_type_at(kind, path))
         guess = difflib.get_close_matches(match["key"], known, n=1)
         advice = f"did you mean {guess[0]!r}?" if guess else f"known here: {', '.join(known)}"
         return f"unknown key {match['key']!r} {where}; {advice}"
-    text, _, path = message.partition(" - at `$")
-    key = path.strip("`.") or "the document"
-    return f"{key}: {text[:1].lower()}{text[1:]}; change it and try again"
+    if match := _MISSING_FIELD.fullmatch(text):
+        return f"key {match['key']!r} is missing {where}; add it"
+    if match := _NO_CHOICE.fullmatch(text):
+        choices = ", ".join(map(repr, _choices(_type_at(kind, path))))
+        return f"{path}: there is no {match['value']}; choose one of {choices}"
+    return f"{path or 'the document'}: {text[:1].lower()}{text[1:]}; change it and try again"
 
 
-def _fields_at(kind: Any, path: list[str]) -> list[str]:
-    """Return the field names of the struct that lies at ``path`` below ``kind``."""
-    for name in path:
-        field = next((f for f in msgspec.structs.fields(kind) if f.encode_name == name), None)
-        if field is None or not isinstance(field.type, type):
-            return []
-        kind = field.type
-    return [field.encode_name for field in msgspec.structs.fields(kind)]
+def _type_at(kind: type, path: str) -> inspect.Type:
+    """Return the type of what lies at ``path``, such as ``features[0].minimum``, below ``kind``."""
+    found = _bare(inspect.type_info(kind))
+    for step in _STEP.findall(path):
+        match found:
+            case inspect.StructType(fields=fields):
+                found = next((f.type for f in fields if f.encode_name == step), inspect.AnyType())
+            case inspect.VarTupleType(item_type=item) | inspect.ListType(item_type=item):
+                found = item
+            case _:
+                return inspect.AnyType()
+        found = _bare(found)
+    return found
+
+
+def _bare(found: inspect.Type) -> inspect.Type:
+    """Take off limits, and the None of what may be left out."""
+    match found:
+        case inspect.Metadata(type=inner):
+            return _bare(inner)
+        case inspect.UnionType(types=types):
+            (first, *_) = (t for t in types if not isinstance(t, inspect.NoneType))
+            return _bare(first)
+    return found
+
+
+def _keys(found: inspect.Type) -> list[str]:
+    match found:
+        case inspect.StructType(fields=fields):
+            return [field.encode_name for field in fields]
+    return []
+
+
+def _choices(found: inspect.Type) -> list[object]:
+    match found:
+        case inspect.LiteralType(values=values):
+            return list(values)
+        case inspect.EnumType(cls=enum):
+            return [member.value for member in enum]
+    return []

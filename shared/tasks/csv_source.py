@@ -11,7 +11,7 @@ import numpy as np
 from shared.errors import DataError
 from shared.tasks.contract import DataContract
 from shared.tasks.examples import Examples
-from shared.tasks.intake import NOT_A_LABEL, SkippedRows
+from shared.tasks.intake import SkippedRows, not_a_label
 
 _DELIMITERS = ",;\t"
 _LARGEST = float(np.finfo(np.float32).max)
@@ -80,6 +80,7 @@ def _row_parser(
     ]
     target_at, target_name = positions[contract.target], f"target {contract.target!r}"
     index_of = {label: index for index, label in enumerate(contract.labels)}
+    no_label = not_a_label(contract.labels)
 
     def parse(row: Sequence[str]) -> tuple[list[float], float]:
         if len(row) != len(header):
@@ -90,7 +91,7 @@ def _row_parser(
             low, high = contract.target_minimum, contract.target_maximum
             return values, _number(text, target_name, low, high)
         if (index := index_of.get(text.strip())) is None:
-            raise _BadRowError(NOT_A_LABEL)
+            raise _BadRowError(no_label)
         return values, index
 
     return parse

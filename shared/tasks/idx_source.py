@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shared.errors import DataError
 from shared.tasks.contract import DataContract
 from shared.tasks.examples import Examples
-from shared.tasks.intake import NOT_A_LABEL, SkippedRows
+from shared.tasks.intake import SkippedRows, not_a_label
 
 _IMAGES = re.compile(r"^(?P<name>.+)-images(?P<dot>[-.])idx3-ubyte(?P<gz>\.gz)?$")
 _UNSIGNED_BYTES = 8  # the IDX code of the only element type that images have
@@ -47,7 +47,8 @@ def read_idx(path: Path, contract: DataContract, skipped: SkippedRows) -> Exampl
             "give files that belong together"
         )
     _check_size(images_path, images.shape[1:], contract)
-    kept = skipped.keep([(NOT_A_LABEL, labels >= len(contract.labels))], unit="image")
+    strange = labels >= len(contract.labels)
+    kept = skipped.keep([(not_a_label(contract.labels), strange)], unit="image")
     return Examples(images[kept][:, np.newaxis], labels[kept].astype(np.int64))
 
 

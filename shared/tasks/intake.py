@@ -1,7 +1,7 @@
 """What reading a data source gave: the usable examples, and why other rows were left out."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from shared.tasks.examples import Examples
 
-NOT_A_LABEL = "label is none of the contract's"
 _REASONS_SHOWN = 5
+_LABELS_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,13 @@ class Intake:
 
     examples: Examples
     skipped: Mapping[str, int]  # rows left out, by reason
+
+
+def not_a_label(labels: Sequence[str]) -> str:
+    """Say why a row with another label is left out, so that a misspelt list of labels is seen."""
+    shown = ", ".join(map(repr, labels[:_LABELS_SHOWN]))
+    more = len(labels) - _LABELS_SHOWN
+    return f"label is none of {shown}" + (f" and {more} others" if more > 0 else "")
 
 
 class SkippedRows:

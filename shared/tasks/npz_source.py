@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shared.errors import DataError
 from shared.tasks.contract import DataContract, ImageShape
 from shared.tasks.examples import Examples
-from shared.tasks.intake import NOT_A_LABEL, SkippedRows
+from shared.tasks.intake import SkippedRows, not_a_label
 
 _Check = tuple[str, NDArray[np.bool_]]
 _REAL = "iuf"  # the kinds of dtype that are whole or real numbers
@@ -109,11 +109,12 @@ def _as_targets(
         low, high = contract.target_minimum, contract.target_maximum
         return targets, list(_range_checks(f"target {contract.target!r}", targets, low, high))
     if targets.ndim == 1 and contract.labels and np.issubdtype(targets.dtype, np.integer):
-        return targets, [(NOT_A_LABEL, (targets < 0) | (targets >= len(contract.labels)))]
+        strange = (targets < 0) | (targets >= len(contract.labels))
+        return targets, [(not_a_label(contract.labels), strange)]
     if targets.ndim == 1 and contract.labels and np.issubdtype(targets.dtype, np.str_):
         index_of = {label: index for index, label in enumerate(contract.labels)}
         indices = np.array([index_of.get(str(name), -1) for name in targets], np.int64)
-        return indices, [(NOT_A_LABEL, indices < 0)]
+        return indices, [(not_a_label(contract.labels), indices < 0)]
     wanted = "class indices or names" if contract.labels else "numbers"
     raise DataError(
         f"{path} holds targets of type {targets.dtype} and shape {targets.shape} where the "

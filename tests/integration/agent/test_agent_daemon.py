@@ -284,6 +284,7 @@ async def test_an_event_is_repeated_over_restarts_until_it_is_acknowledged(world
 async def test_the_owner_sees_how_the_agent_is(world: World) -> None:
     assert (await read_status(world.home))["snapshot"] is None
     add_data(world.home, DIGITS)
+    assert (await read_status(world.home))["tasks"] == ["digits"]  # though no daemon runs
     async with daemon(world.home) as agent:
         async with asyncio.timeout(TIME_LIMIT_S):
             while True:
@@ -293,12 +294,13 @@ async def test_the_owner_sees_how_the_agent_is(world: World) -> None:
         assert status["device_id"] == DEVICE
         assert status["running"]
         assert status["inference_url"].startswith("http://127.0.0.1:")
-        assert status["snapshot"]["tasks"] == ["digits"]
         assert status["snapshot"]["pid"] == agent.process.pid
         await agent.stop()
+    (world.home / "data.json").write_text("{")
     status = await read_status(world.home)
     assert not status["running"]
     assert status["inference_url"] is None
+    assert "data.json is damaged" in status["data_problem"]
 
 
 async def test_without_a_broker_the_agent_waits_for_it(world: World) -> None:
@@ -326,14 +328,14 @@ async def run_and_fail(*command: str) -> str:
 async def test_a_second_daemon_on_the_same_home_is_refused(world: World, agent: Daemon) -> None:
     del agent
     said = await run_and_fail(*agent_command("run", world.home), "--inference-port=0")
-    assert said == f"error: a shoal-agent is running on {world.home} already; stop it first"
+    assert said == f"shoal-agent: a shoal-agent is running on {world.home} already; stop it first"
 
 
 async def test_a_taken_inference_port_is_said_in_a_sentence(world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = await run_and_fail(*agent_command("run", world.home), f"--inference-port={port}")
-    assert said.startswith(f"error: port {port} on 127.0.0.1 is in use")
+    assert said.startswith(f"shoal-agent: port {port} on 127.0.0.1 is in use")
 
 
 async def test_an_agent_that_is_not_enrolled_is_told_what_to_run(tmp_path: Path) -> None:

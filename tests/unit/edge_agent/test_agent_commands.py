@@ -22,7 +22,7 @@ def run(
         program.main()
     assert ended.value.code == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: ")
+    assert said.startswith("shoal-agent: ")
     assert said.count("\n") == 1
     return said
 
@@ -66,12 +66,16 @@ def test_the_environment_sets_what_no_option_does(monkeypatch: pytest.MonkeyPatc
     assert (settings.telemetry_interval_s, settings.inference_port) == (5, 99)
 
 
-def status(snapshot: Snapshot | None, *, running: bool = True) -> AgentStatus:
+def status(
+    snapshot: Snapshot | None, *, tasks: tuple[str, ...] = (), running: bool = True
+) -> AgentStatus:
     return AgentStatus(
         device_id="edge-1",
         fleet="main",
         coordinator="http://127.0.0.1:8470",
         running=running,
+        tasks=tasks,
+        serving_model="digits" if snapshot is not None else None,
         inference_url="http://127.0.0.1:8480" if running else None,
         snapshot=snapshot,
         read_at=NOW,
@@ -95,18 +99,17 @@ def test_a_busy_agent_with_trouble_is_described() -> None:
         pid=1,
         online=True,
         doing="run-1: training round 3",
-        tasks=("digits", "faults"),
         deployment=DeploymentState.FAILED,
         serving_version="ab" * 32,
         cause="the download has digest 1 and the manifest names 2",
         outbox_depth=2,
     )
-    lines = describe(status(snapshot)).splitlines()
+    lines = describe(status(snapshot, tasks=("digits", "faults"))).splitlines()
     assert lines[2:] == [
         "daemon    runs, online",
         "data for  digits, faults",
         "training  run-1: training round 3",
-        f"serving   model {'ab' * 32} at http://127.0.0.1:8480",
+        "serving   model digits, version abababababab, at http://127.0.0.1:8480",
         "trouble   the download has digest 1 and the manifest names 2",
         "unsent    2 messages wait for the coordinator",
     ]

@@ -60,11 +60,15 @@ def test_adding_shows_what_is_usable_and_remembers_it(site: Path) -> None:
     output = add(site)
 
     assert "data 'site' can be trained on for task 'pumps'" in output
-    assert "skipped: label is none of the contract's" in output
+    assert "skipped: label is none of 'ok', 'failed'" in output
     assert known(site).usable_rows == 100
     assert known(site).train_rows + known(site).held_out_rows == 100
-    assert known(site).skipped == {"label is none of the contract's": 1}
+    assert known(site).skipped == {"label is none of 'ok', 'failed'": 1}
     assert known(site).path == str(site / "pumps.csv")
+
+
+def test_data_added_before_enrolling_say_what_is_still_to_do(site: Path) -> None:
+    assert f"{site / 'home'} is not enrolled yet; 'shoal-agent enroll --home" in add(site)
 
 
 def test_data_that_break_the_contract_are_refused_and_nothing_is_remembered(site: Path) -> None:
@@ -80,7 +84,7 @@ def test_data_that_break_the_contract_are_refused_and_nothing_is_remembered(site
     ("text", "sentence"),
     [
         ('name = "x"\nuse = "tabular"', "unknown key 'use' at the top; did you mean 'uses'?"),
-        ('name = "x"', "missing required field `uses`"),
+        ('name = "x"', "key 'uses' is missing at the top; add it"),
         ('name = "A B"\nuses = "tabular"', "name: expected `str` matching regex"),
         ("name = ", "is not valid TOML"),
         (TASK.replace("kind =", "sort ="), "unknown key 'sort' at the top"),
@@ -102,7 +106,7 @@ def test_a_task_file_that_is_not_there_is_named(site: Path) -> None:
 
 
 def test_a_task_without_options_may_be_named_by_its_reference(site: Path) -> None:
-    assert "options of tabular: the document: " in refusal(
+    assert "options of tabular: key 'kind' is missing at the top; add it" in refusal(
         ConfigError, site, "add", "site", str(site / "pumps.csv"), "--task", "tabular"
     )
 

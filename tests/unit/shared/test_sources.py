@@ -94,7 +94,7 @@ def test_rows_that_break_the_contract_are_left_out_and_counted_by_reason(tmp_pat
         "feature 'temperature' is not a number": 1,
         "feature 'temperature' is missing": 2,
         "feature 'temperature' is out of range": 1,
-        "label is none of the contract's": 1,
+        "label is none of 'ok', 'failed'": 1,
         "number of fields is not that of the header": 1,
     }
 
@@ -104,7 +104,7 @@ def test_a_csv_with_too_many_bad_rows_is_refused_with_the_counted_reasons(tmp_pa
 
     assert refusal(path, PUMPS) == (
         f"{path} does not fit its task: 2 of 3 rows break the contract (at most 50% may): "
-        "2 x label is none of the contract's (first: line 3); "
+        "2 x label is none of 'ok', 'failed' (first: line 3); "
         "mend the data or correct the task's options"
     )
 
@@ -280,7 +280,7 @@ def test_idx_labels_outside_the_contract_are_left_out(tmp_path: Path) -> None:
     intake = read_source(tmp_path, PICTURES)
 
     assert intake.examples.targets.tolist() == [0, 1]
-    assert intake.skipped == {"label is none of the contract's": 1}
+    assert intake.skipped == {"label is none of 'cat', 'dog'": 1}
 
 
 def test_one_of_several_idx_pairs_must_be_named(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_features_are_read_from_npz_and_checked(tmp_path: Path) -> None:
     assert intake.skipped == {
         "feature 'pressure' is missing": 1,
         "feature 'temperature' is out of range": 1,
-        "label is none of the contract's": 1,
+        "label is none of 'ok', 'failed'": 1,
     }
 
 
