@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
         ("shoal broker config --out good.csv/x", "cannot write to good.csv/x: "),
         ("shoal-agent data add d none.csv --task task.toml --home h", "does not exist; check"),
         ("shoal-agent data add d noise.csv --task task.toml --home h", "is not text in UTF-8"),
-        ("shoal-agent data add d labels.csv --task task.toml --home h", "label is none of 'ok', 'failed'"),
+        ("shoal-agent data add d labels.csv --task task.toml --home h", "none of 'ok', 'failed'"),
         ("shoal-agent data add d good.csv --task typo.toml --home h", "unknown key 'sort'"),
         ("shoal-agent data add d good.csv --task task.toml --home good.csv/h", "Not a directory"),
         ("shoal-agent enroll --home h --coordinator nowhere --token no", "not a join token"),
