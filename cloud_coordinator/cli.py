@@ -92,4 +92,4 @@ def broker_config(
     if as_json:
         print_json({"path": str(path)})
     else:
-        typer.echo(f"wrote {path}; start it with: mosquitto -c {path}")
+        typer.echo(f"wrote {path}; start it with: cd {out} && mosquitto -c {path.name}")

@@ -202,6 +202,7 @@ def _ask(coordinator_url: str, request: EnrolmentRequest) -> bytes:
             content=msgspec.json.encode(request),
             headers={"content-type": "application/json"},
             timeout=_TIMEOUT_S,
+            trust_env=False,  # a proxy cannot reach this machine's loopback
         )
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise ConfigError(

@@ -427,7 +427,10 @@ class _FleetClient(FleetHttpClient):
         super().__init__(*args, verify=verify, **options)
         self._client.close()
         self._client = httpx.Client(
-            verify=verify, timeout=30.0, limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S)
+            verify=verify,
+            timeout=30.0,
+            limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
+            trust_env=False,
         )
 
 

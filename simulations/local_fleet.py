@@ -79,7 +79,7 @@ class LocalFleet:
         self.coordinator: Program | None = None
         self.agents: dict[str, Program] = {}
         self._outlive_us = outlive_us
-        self._http = httpx.Client(timeout=30)
+        self._http = httpx.Client(timeout=30, trust_env=False)
 
     def agent_home(self, name: str) -> Path:
         """Return the state folder of agent ``name``."""

@@ -49,7 +49,12 @@ class ApiClient:
     def _request(self, method: str, path: str, body: Any = None) -> Any:
         try:
             answer = httpx.request(
-                method, self._url + path, json=body, headers=self._headers, timeout=_TIMEOUT_S
+                method,
+                self._url + path,
+                json=body,
+                headers=self._headers,
+                timeout=_TIMEOUT_S,
+                trust_env=False,  # a proxy cannot reach this machine's loopback
             )
         except httpx.TransportError as error:
             raise UnavailableError(

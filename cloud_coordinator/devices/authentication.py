@@ -4,6 +4,7 @@ Both are FastAPI dependencies; `app.py` puts what they need into ``app.state``: 
 `KnowsDevices`), ``admin_token`` and ``clock``.
 """
 
+import asyncio
 import hmac
 from collections.abc import Callable
 from datetime import datetime
@@ -16,6 +17,7 @@ from shared.request_signing import DEVICE_HEADER, verify_request
 from shared.signing import VerifyingKey
 
 MAX_BODY_BYTES = 1024 * 1024
+_BODY_DEADLINE_S = 30.0
 
 
 class KnowsDevices(Protocol):
@@ -66,13 +68,17 @@ async def require_admin(request: Request) -> None:
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the request's body; raise PeerError as soon as it is over `MAX_BODY_BYTES`."""
+    """Return the request's body; raise PeerError when it is over `MAX_BODY_BYTES`, or too slow."""
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise PeerError(f"request body is over {MAX_BODY_BYTES} bytes")
-        chunks.append(chunk)
+    try:
+        async with asyncio.timeout(_BODY_DEADLINE_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > MAX_BODY_BYTES:
+                    raise PeerError(f"request body is over {MAX_BODY_BYTES} bytes")
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise PeerError(f"request body took more than {_BODY_DEADLINE_S:.0f} s") from error
     return b"".join(chunks)
 
 

@@ -55,7 +55,13 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from cloud_coordinator.flower.run_bundle import CLIENT_APP, run_bundle
-from cloud_coordinator.flower.superlink_calls import Caller, ControlSecret, RuntimeClient, void_run
+from cloud_coordinator.flower.superlink_calls import (
+    Caller,
+    ControlClient,
+    ControlSecret,
+    RuntimeClient,
+    void_run,
+)
 from cloud_coordinator.flower.superlink_messages import SuperLinkSecrets
 from shared.errors import PeerError, UnavailableError
 from shared.tasks.spec import TaskSpec
@@ -102,8 +108,8 @@ def open_run(
         protected_methods={"/flwr.proto.Runtime/AcquireTask"},
     )
     with (
-        ControlHttpClient.from_server_address(address, False, root, [version, guard]) as control,
-        RuntimeHttpClient.from_server_address(address, False, root, [version, executor]) as office,
+        ControlClient.from_server_address(address, False, root, [version, guard]) as control,
+        RuntimeClient.from_server_address(address, False, root, [version, executor]) as office,
     ):
         start = StartRunRequest(fab=fab_to_proto(bundle))
         run_id = caller.call(control.StartRun, start).run_id

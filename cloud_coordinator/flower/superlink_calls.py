@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import httpx
 from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from cloud_coordinator.flower.superlink_messages import CONTROL_SECRET_HEADER
@@ -64,15 +65,26 @@ class Caller:
                 return
 
 
-class RuntimeClient(RuntimeHttpClient):
-    """Keeps idle connections for as long as a round's pauses, not httpx's five seconds."""
+class _OwnConnections(ProtobufClient):
+    """Keeps idle connections for as long as a round's pauses, and goes through no proxy."""
 
     def __init__(self, *args: Any, verify: Any = True, **options: Any) -> None:
         super().__init__(*args, verify=verify, **options)
         self._client.close()
         self._client = httpx.Client(
-            verify=verify, timeout=30.0, limits=httpx.Limits(keepalive_expiry=60.0)
+            verify=verify,
+            timeout=30.0,
+            limits=httpx.Limits(keepalive_expiry=60.0),
+            trust_env=False,
         )
+
+
+class ControlClient(_OwnConnections, ControlHttpClient):
+    """Starts and stops runs."""
+
+
+class RuntimeClient(_OwnConnections, RuntimeHttpClient):
+    """Does what a ServerApp's process may."""
 
 
 class ControlSecret:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from simulations.oip_client import InferenceClient
 AGENTS = ("left", "right")
 EXAMPLE_TASK = Path(__file__).parents[2] / "example_task"
 DEADLINE_S = 150.0
+PROGRAMS = f"{os.environ['PATH']}:/usr/sbin"
 ENDED = {"finished", "failed", "stopped"}
 HEAVY = re.compile(r"/(torch|onnx|flwr|grpc|sqlalchemy|pandas|scipy|sklearn)/.*\.so")
 
@@ -53,7 +55,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataset) -> Ite
 
 
 def start_coordinator(fleet: LocalFleet) -> None:
-    fleet.start_coordinator("--port", "0", "--mqtt-port", "0", "--fleet-port", "0")
+    # The demo's and the tutorial's tests run on the embedded broker, this one on production's.
+    broker = "mosquitto" if shutil.which("mosquitto", path=PROGRAMS) else "embedded"
+    ports = ("--port", "0", "--mqtt-port", "0", "--fleet-port", "0")
+    fleet.start_coordinator(*ports, "--broker", broker)
 
 
 def give_digits(
