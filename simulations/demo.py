@@ -8,6 +8,7 @@ it goes on with the devices, and with the run, that are there.
 
 import signal
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,11 +293,20 @@ def _say_what_runs(console: Console, fleet: LocalFleet) -> None:
 
 
 def _say_where(console: Console, fleet: LocalFleet) -> None:
-    home, coordinator = fleet.home, fleet.coordinator_home
-    console.print(
-        f"logs      {home / 'logs'}, {coordinator / 'logs'}   (less …)\n"
-        f"database  {coordinator / 'shoal.db'}   (SQLite; tables runs, rounds, devices …)\n"
-        f"models    {coordinator / 'blobs'} and {home / 'agents'}/*/models\n"
-        f"look      shoal model list --home {coordinator}, "
-        f"shoal-agent status --home {home / 'agents' / 'agent-1'}"
-    )
+    home, coordinator = _shortest(fleet.home), _shortest(fleet.coordinator_home)
+    programs = _shortest(Path(sys.executable).parent)
+    lines = [
+        f"logs      less {home / 'logs'}/* {coordinator / 'logs'}/*",
+        f"database  {coordinator / 'shoal.db'} (SQLite; tables runs, rounds, devices …)",
+        f"models    {coordinator / 'blobs'} and {home / 'agents'}/*/models",
+        f"look      {programs / 'shoal-agent'} status --home {home / 'agents' / 'agent-1'}",
+        f"          {programs / 'shoal'} model list --home {coordinator}",
+    ]
+    if fleet.coordinator is None:
+        lines.append(f"          while {programs / 'shoal'} serve --home {coordinator} runs")
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
+
+
+def _shortest(path: Path) -> Path:
+    """Return ``path`` from here where it lies below the working folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,4 +1,7 @@
-"""What the demo shows: plain functions from API documents to rich tables."""
+"""What the demo shows: plain functions from API documents to rich tables.
+
+With five agents every table fits a terminal of 80 columns; wider cells fold, and none is cut.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,21 +15,26 @@ _KIB = 1024.0
 
 def partition_table(counts: Mapping[str, NDArray[np.int64]], names: Sequence[str]) -> Table:
     """Show how many images of each class each agent owns; ``counts`` are arrays of shape (k,)."""
-    table = Table(title="Who owns what (Dirichlet 0.3: few classes dominate each agent)")
-    table.add_column("agent")
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("total", justify="right", style="bold")
-    for agent, per_class in counts.items():
-        table.add_row(agent, *(str(c) for c in per_class), str(per_class.sum()))
+    total = {agent: int(per_class.sum()) for agent, per_class in counts.items()}
+    title = "Who owns what (Dirichlet 0.3: few classes dominate each agent)"
+    if len(counts) > len(names):
+        table = _table(title, left=("agent",), right=(*names, "total"))
+        for agent, per_class in counts.items():
+            table.add_row(agent, *map(str, per_class), str(total[agent]))
+        return table
+    table = _table(title, left=("",), right=tuple(counts))
+    for index, name in enumerate(names):
+        table.add_row(name, *(str(per_class[index]) for per_class in counts.values()))
+    table.add_section()
+    table.add_row("total", *map(str, total.values()), style="bold")
     return table
 
 
 def rounds_table(run: Mapping[str, Any]) -> Table:
     """Show a run's rounds: quality on held-out rows, who took part and why others did not."""
-    table = Table(title=f"Run {run['run_id']}: {_describe(run)}")
-    for column in ("round", "loss", "accuracy", "took part", "not", "down", "up", "seconds"):
-        table.add_column(column, justify="left" if column in {"took part", "not"} else "right")
+    table = _table(f"Run {run['run_id']}: {_describe(run)}", right=("round", "loss", "accuracy"))
+    _add_columns(table, left=("took part", "not"))
+    _add_columns(table, right=("KiB down", "KiB up", "seconds"))
     for record in run["rounds"]:
         table.add_row(*_round_row(record))
     return table
@@ -34,9 +42,9 @@ def rounds_table(run: Mapping[str, Any]) -> Table:
 
 def variants_table(version: Mapping[str, Any]) -> Table:
     """Show every variant of a model version, its parity and speed; the shipped one is marked."""
-    table = Table(title=f"Model version {version['version'][:12]}: every variant, one is shipped")
-    for column in ("variant", "bytes", "× smaller", "latency", "× fastest", "parity", ""):
-        table.add_column(column, justify="left" if column in {"variant", "parity", ""} else "right")
+    title = f"Model version {version['version'][:12]}: every variant, one is shipped"
+    table = _table(title, left=("variant",), right=("bytes", "× smaller", "latency", "× fastest"))
+    _add_columns(table, left=("parity", ""))
     full = next(v["size_bytes"] for v in version["variants"] if v["variant"] == "fp32")
     fastest = min(v["latency_p50_us"] for v in version["variants"] if v["passed"])
     for variant in version["variants"]:
@@ -55,9 +63,8 @@ def variants_table(version: Mapping[str, Any]) -> Table:
 
 def serving_table(devices: Sequence[Mapping[str, Any]], wanted: str) -> Table:
     """Show where each device is on its way to the wanted version."""
-    table = Table(title=f"Rolling out {wanted[:12]}")
-    for column in ("agent", "step", "serving (reported)", "cause"):
-        table.add_column(column)
+    columns = ("agent", "step", "serving (reported)", "cause")
+    table = _table(f"Rolling out {wanted[:12]}", left=columns)
     for device in devices:
         reported = device.get("reported") or {}
         table.add_row(
@@ -71,10 +78,10 @@ def serving_table(devices: Sequence[Mapping[str, Any]], wanted: str) -> Table:
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Show the end of the loop: one row per agent, measured at its own endpoint."""
-    table = Table(title="The same test images, sent to every agent's own endpoint")
-    for column in ("agent", "before", "after", "serving (reported)", "digest", "fp32 → shipped"):
-        table.add_column(column, justify="right" if column in {"before", "after"} else "left")
-    table.add_column("p50 latency", justify="right")
+    title = "The same test images, sent to every agent's own endpoint: accuracy"
+    table = _table(title, left=("agent",), right=("before", "after"))
+    _add_columns(table, left=("serving\n(reported)", "digest"))
+    _add_columns(table, right=("KiB, fp32\n→ shipped", "p50 ms"))
     for row in rows:
         table.add_row(
             row["agent"],
@@ -82,10 +89,24 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"[bold green]{row['after']:.2%}[/]",
             row["serving"][:12],
             "verified" if row["serving"] == row["wanted"] else "[red]another[/]",
-            f"{row['full_bytes']:,} → {row['shipped_bytes']:,} B",
-            f"{row['p50_ms']:.2f} ms",
+            f"{row['full_bytes'] / _KIB:,.0f} → {row['shipped_bytes'] / _KIB:,.0f}",
+            f"{row['p50_ms']:.2f}",
         )
     return table
+
+
+def _table(title: str, *, left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+    table = Table(title=title)
+    _add_columns(table, left=left, right=right)
+    return table
+
+
+def _add_columns(table: Table, *, left: Sequence[str] = (), right: Sequence[str] = ()) -> None:
+    """Add columns of words, then columns of numbers."""
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", overflow="fold")
 
 
 def _describe(run: Mapping[str, Any]) -> str:
@@ -101,7 +122,7 @@ def _round_row(record: Mapping[str, Any]) -> tuple[str, ...]:
         str(record["round_number"]) if record["round_number"] else "before",
         f"{metrics['loss']:.4f}" if "loss" in metrics else "-",
         f"{metrics['accuracy']:.2%}" if "accuracy" in metrics else "-",
-        " ".join(sorted(p["device_id"] for p in parts if p["outcome"] == "replied")) or "-",
+        _present(parts),
         "; ".join(f"{p['device_id']}: {p['cause'] or p['outcome']}" for p in absent)
         or ("-" if record["state"] == "committed" else record["cause"]),
         _kib(sum(p["bytes_down"] for p in parts)),
@@ -110,5 +131,13 @@ def _round_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _present(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Name who took part; where all who were asked did, their number says it."""
+    present = sorted(p["device_id"] for p in parts if p["outcome"] == "replied")
+    if present and len(present) == len(parts):
+        return f"all {len(present)}"
+    return " ".join(present) or "-"
+
+
 def _kib(size: int) -> str:
-    return f"{size / _KIB:,.0f} KiB" if size else "-"
+    return f"{size / _KIB:,.0f}" if size else "-"
