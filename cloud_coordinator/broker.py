@@ -137,7 +137,8 @@ async def start_broker(plan: BrokerPlan, *, home: Path) -> Child:
     Raises:
         UnavailableError: the port is in use, the program is missing, or it does not come up.
     """
-    require_free_port(plan.host, plan.port, purpose=f"the {plan.kind} broker")
+    purpose = f"the {plan.kind} broker"
+    require_free_port(plan.host, plan.port, purpose=purpose, option="--mqtt-port")
     folder = home / "broker"
     folder.mkdir(parents=True, exist_ok=True)
     argv = (

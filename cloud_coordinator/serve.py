@@ -33,7 +33,7 @@ def run_service(settings: Settings, parts: Parts | None = None) -> None:
     make_folder(settings.home)
     with _only_one(settings.home):
         chosen = choose_ports(settings)
-        require_free_port(chosen.host, chosen.port, purpose="the API")
+        require_free_port(chosen.host, chosen.port, purpose="the API", option="--port")
         coordinator = Coordinator(chosen, parts or Parts())
         try:
             asyncio.run(_serve(coordinator))

@@ -20,8 +20,18 @@ def require_loopback(host: str, *, purpose: str) -> None:
         )
 
 
-def require_free_port(host: str, port: int, *, purpose: str) -> None:
-    """Raise UnavailableError if something already listens on ``host:port``; 0 is always free."""
+def require_free_port(host: str, port: int, *, purpose: str, option: str) -> None:
+    """Make sure that nothing listens on ``host:port`` yet.
+
+    Args:
+        host: address to listen on.
+        port: 0 is always free.
+        purpose: what would listen there.
+        option: of the command line, with which a person chooses another port.
+
+    Raises:
+        UnavailableError: something already listens there.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -31,7 +41,7 @@ def require_free_port(host: str, port: int, *, purpose: str) -> None:
                 raise
             raise UnavailableError(
                 f"port {port} on {host} is in use, so {purpose} cannot start; "
-                "stop the other program or choose another port"
+                f"stop the other program or choose another port with {option}"
             ) from error
 
 

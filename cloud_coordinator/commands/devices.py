@@ -1,6 +1,6 @@
 """``shoal token`` and ``shoal device``."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,7 @@ def list_devices(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
     rows = [
         (
             device["device_id"],
-            "online" if device["online"] else device["presence"],
+            _presence(device),
             moment(device["last_seen_at"]),
             ", ".join(device["tasks"]) or "-",
             digest((device["reported"] or {}).get("serving_version")),
@@ -71,7 +71,7 @@ def show_device(device_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = 
     print_facts(
         {
             "device": device["device_id"],
-            "presence": "online" if device["online"] else device["presence"],
+            "presence": _presence(device),
             "last seen": moment(device["last_seen_at"]),
             "enrolled": moment(device["enrolled_at"]),
             "tasks": ", ".join(device["tasks"]) or "-",
@@ -83,6 +83,12 @@ def show_device(device_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = 
             "cause": reported.get("cause") or "-",
         }
     )
+
+
+def _presence(device: dict[str, Any]) -> str:
+    if device["last_seen_at"] is None:
+        return "never seen"  # enrolled, not started yet; not a device that was lost
+    return "online" if device["online"] else str(device["presence"])
 
 
 def _machine(cpu_count: int | None, memory_bytes: int | None) -> str:

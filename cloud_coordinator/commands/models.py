@@ -26,11 +26,10 @@ def list_models(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
             model["state"],
             model["run_id"],
             moment(model["created_at"]),
-            model["ship"] or "-",
         )
         for model in answer
     ]
-    columns = ("version", "model", "state", "run", "made (UTC)", "ships")
+    columns = ("version", "model", "state", "run", "made (UTC)")
     print_table(columns, rows, empty="no model versions yet; a finished run makes one")
 
 

@@ -66,7 +66,7 @@ class SuperLink:
         """
         folder = home / "flower"
         if public_port:
-            require_free_port(_HOST, public_port, purpose="the Fleet API")
+            require_free_port(_HOST, public_port, purpose="the Fleet API", option="--fleet-port")
         tls = ensure_tls(folder, now=utc_now())
         secrets_path = _write_secrets(folder / "secrets.json")
         child = await Child.start(

@@ -264,7 +264,7 @@ class InferenceServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     require_loopback(host, purpose="the inference server")
-    require_free_port(host, port, purpose="the inference server")
+    require_free_port(host, port, purpose="the inference server", option="--inference-port")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     with contextlib.ExitStack() as undo:
         undo.callback(listener.close)

@@ -269,7 +269,7 @@ async def test_serve_does_not_share_its_home_or_its_port(served: Served, tmp_pat
     assert status == 1
     assert err.endswith(
         f"shoal: port {port} on 127.0.0.1 is in use, so the API cannot start; "
-        "stop the other program or choose another port\n"
+        "stop the other program or choose another port with --port\n"
     )
 
 
@@ -302,7 +302,7 @@ async def test_serve_names_the_port_of_the_broker_that_is_in_use(tmp_path: Path)
     assert status == 1
     assert err.splitlines()[-1] == (
         f"shoal: port {port} on 127.0.0.1 is in use, so the embedded broker cannot start; "
-        "stop the other program or choose another port"
+        "stop the other program or choose another port with --mqtt-port"
     )
     assert "Traceback" not in err
 
