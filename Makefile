@@ -1,5 +1,5 @@
 # Two commands matter: `make demo` and `make test`. Everything else they set up by themselves.
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3.12),python3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 FASHION_MNIST := usr/share/datasets/fashion-mnist
