@@ -26,6 +26,7 @@ from cloud_coordinator.rounds.worker_messages import (
     ReplyWaits,
     RoundClosed,
     RoundProgress,
+    RoundRecord,
     RoundSaved,
     RoundStarted,
     RunFailed,
@@ -261,7 +262,8 @@ class RunSession:
                 await asyncio.to_thread(self._parts.records.save_round, self._run_id, record)
                 self._committed = True
                 logger.info(
-                    "run %s: round %d %s", self._run_id, record.round_number, record.state,
+                    "run %s: round %d %s%s", self._run_id, record.round_number, record.state,
+                    _figures(record),
                     extra={"run_id": self._run_id, "round_number": record.round_number},
                 )  # fmt: skip
                 await self._tell(RoundSaved(record.round_number))
@@ -457,3 +459,12 @@ class RunSession:
     async def _watch_superlink(self) -> None:
         await self._life.ended.wait()
         self._mailbox.put_nowait(_SuperLinkEnded())
+
+
+def _figures(record: RoundRecord) -> str:
+    """Say in a log line's rest what a round gave, and whose it was."""
+    figures = "".join(f" {name}={value:.4f}" for name, value in record.metrics.items())
+    if not record.participations:  # the initial model is nobody's
+        return figures
+    replied = sum(part.outcome == "replied" for part in record.participations)
+    return f" with {replied} of {len(record.participations)} devices{figures}"
