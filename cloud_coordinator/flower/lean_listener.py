@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
-from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse
 from flwr.server.superlink.linkstate import InMemoryLinkState, LinkState
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.date import now
@@ -65,12 +64,13 @@ def _confirm(request: Any, state: LinkState) -> Message:
     """Let the SuperLink forget a message that this node has; of others' it may not dispose.
 
     Stock Flower deletes whatever message is named, so that one node could take away another's work.
+    So what is expired by now, or none of its business, is left unnamed: Flower's checks remain.
     """
     assert isinstance(state, InMemoryLinkState)  # as superlink_process.py asks for
     message = state.message_ins_store.get(request.message_object_id)
-    if message is not None and message.metadata.dst_node_id == request.node.node_id:
-        return fleet_handlers.confirm_message_received(request, state, state.object_store)
-    return ConfirmMessageReceivedResponse()  # expired by now, or none of its business
+    if message is None or message.metadata.dst_node_id != request.node.node_id:
+        request.message_object_id = ""
+    return fleet_handlers.confirm_message_received(request, state, state.object_store)
 
 
 _FLEET_ROUTES: Mapping[str, _FleetRoute] = {
