@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sysconfig
 import tempfile
@@ -132,7 +133,8 @@ def _program(folder: Path, name: str, *options: str) -> Iterator[None]:
 
 def _is_up(tls: TlsFiles, port: int) -> bool:
     try:
-        with httpx.Client(verify=str(tls.ca)) as client:
+        context = ssl.create_default_context(cafile=tls.ca)
+        with httpx.Client(verify=context, trust_env=False) as client:
             return client.get(f"https://127.0.0.1:{port}/health").status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
