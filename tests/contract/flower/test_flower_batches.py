@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message as MessageProto
@@ -70,11 +71,16 @@ def asked(door: Any) -> list[str]:
     return names
 
 
+class Anything:
+    def ParseFromString(self, _: bytes) -> None:  # noqa: N802  # protobuf's
+        pass
+
+
 def post(node: FlowerNode, path: str, body: bytes) -> int:
     """Send a body as this node; return the status."""
     try:
         node._client._unary_unary(
-            path=f"/v1/fleet/{path}", rpc_method=path, request=Raw(body), response_type=Frames
+            path=f"/v1/fleet/{path}", rpc_method=path, request=Raw(body), response_type=Anything
         )
     except httpx.HTTPStatusError as error:
         return error.response.status_code
@@ -225,22 +231,11 @@ def test_nobody_pulls_anothers_messages_or_replies_in_anothers_name(
 
 @pytest.mark.parametrize("path", ["pull-batch", "push-batch"])
 @pytest.mark.parametrize("size", [10, 4 * 2**20])
-def test_a_stranger_is_refused_unread(superlink: LiveSuperLink, path: str, size: int) -> None:
-    with FlowerNode(**node_options(superlink)) as stranger:
+def test_a_stranger_is_refused_unread(
+    superlink: LiveSuperLink, key: EllipticCurvePrivateKey, path: str, size: int
+) -> None:
+    with superlink.node(key) as stranger:
         assert post(stranger, path, b"x" * size) == 401
-
-
-def node_options(superlink: LiveSuperLink) -> dict[str, Any]:
-    from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-
-    return {
-        "address": superlink.parent.public_address,
-        "ca_pem": superlink.parent.ca_pem,
-        "private_key": generate_private_key(SECP256R1()),
-        "app": None,
-        "task": None,
-        "node_config": {},
-    }
 
 
 @pytest.mark.parametrize("path", ["pull-batch", "push-batch"])
@@ -286,20 +281,5 @@ def test_errors_in_a_batch_are_those_of_the_standard_call(join: Join, path: str)
         "push-batch": PushMessagesRequest(node=mine, messages_list=[own]),
     }[path]
     standard = path.replace("batch", "messages")
-    wanted = post_standard(node, standard, nothing.SerializeToString())
+    wanted = post(node, standard, nothing.SerializeToString())
     assert post(node, path, framed(nothing)) == wanted
-
-
-def post_standard(node: FlowerNode, path: str, body: bytes) -> int:
-    try:
-        node._client._unary_unary(
-            path=f"/v1/fleet/{path}", rpc_method=path, request=Raw(body), response_type=Anything
-        )
-    except httpx.HTTPStatusError as error:
-        return error.response.status_code
-    return 200
-
-
-class Anything:
-    def ParseFromString(self, _: bytes) -> None:  # noqa: N802  # protobuf's
-        pass
