@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -32,6 +32,7 @@ from flwr.proto.fleet_pb2 import (
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
@@ -57,6 +58,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from edge_agent.eligibility import agree
 from shared.errors import DataError, ShoalError, UnavailableError
+from shared.framing import Batches, Frames, small_contents
 from shared.http_retries import retry_while_away
 from shared.tasks.spec import TaskSpec
 
@@ -64,6 +66,7 @@ logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 App = Callable[[Message, Context], Message]
+_Pulled = tuple[PullMessagesResponse, dict[str, bytes]]  # a message, and objects by their ids
 CLIENT_APP = "edge_agent.training_app:app"
 _HEARTBEAT_INTERVAL_S = 30.0  # the SuperLink counts a node out after two of them
 _SIGNATURE_LIFETIME_S = 60.0  # Flower accepts 300
@@ -151,8 +154,8 @@ class FlowerNode:
         Raises:
             UnavailableError: the SuperLink is away or lets this device in no more.
         """
-        while not self._stop.is_set() and (pulled := self._pull()).messages_list:
-            message_id = self._answer(pulled)
+        while not self._stop.is_set() and (pulled := self._pull())[0].messages_list:
+            message_id = self._answer(*pulled)
             if message_id is not None:
                 yield message_id
 
@@ -218,23 +221,23 @@ class FlowerNode:
             except Exception:  # a node without a heart is counted out, and nobody would see why
                 logger.exception("heartbeat failed")
 
-    def _pull(self) -> PullMessagesResponse:
+    def _pull(self) -> _Pulled:
         """Ask for one message; once anew after activation where the SuperLink forgot the node."""
         try:
-            return self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+            return self._call(self._client.pull_batch, PullMessagesRequest(node=self._node))
         except httpx.HTTPStatusError as error:
             if error.response.status_code != httpx.codes.UNAUTHORIZED:
                 raise _broken(error) from error
         self._activate()
         try:
-            return self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+            return self._call(self._client.pull_batch, PullMessagesRequest(node=self._node))
         except httpx.HTTPStatusError as error:
             raise _broken(error) from error
 
-    def _answer(self, pulled: PullMessagesResponse) -> str | None:
+    def _answer(self, pulled: PullMessagesResponse, inline: Mapping[str, bytes]) -> str | None:
         """Run the app on the pulled message and send the reply; None if the message is void."""
         try:
-            message = self._fetch(pulled)
+            message = self._fetch(pulled, inline)
             started = time.monotonic()
             reply = self._run(message)
             return self._send(message, reply, time.monotonic() - started)
@@ -244,22 +247,24 @@ class FlowerNode:
             logger.warning("message dropped: %s", error)
         return None
 
-    def _fetch(self, pulled: PullMessagesResponse) -> Message:
-        """Download the content; the metadata has come with the pull already."""
+    def _fetch(self, pulled: PullMessagesResponse, inline: Mapping[str, bytes]) -> Message:
+        """Download the content that has not come with the pull, as the metadata has."""
         metadata = message_from_proto(pulled.messages_list[0]).metadata
         tree = pulled.message_object_trees[0]
         metadata.__dict__["_message_id"] = tree.object_id
         (content_tree,) = tree.children
         contents = {
-            part.object_id: self._pull_object(metadata.run_id, part.object_id, metadata.ttl)
+            part.object_id: inline.get(part.object_id)
+            or self._pull_object(metadata.run_id, part.object_id, metadata.ttl)
             for part in iterate_object_tree(content_tree)
         }
         content = inflate_object_from_contents(content_tree.object_id, contents)
         assert isinstance(content, RecordDict)
-        confirm = ConfirmMessageReceivedRequest(
-            node=self._node, run_id=metadata.run_id, message_object_id=tree.object_id
-        )
-        self._call(self._client.ConfirmMessageReceived, confirm)
+        if tree.object_id not in inline:
+            confirm = ConfirmMessageReceivedRequest(
+                node=self._node, run_id=metadata.run_id, message_object_id=tree.object_id
+            )
+            self._call(self._client.ConfirmMessageReceived, confirm)
         return make_message(metadata=metadata, content=content)
 
     def _pull_object(self, run_id: int, object_id: str, patience_s: float) -> bytes:
@@ -343,7 +348,15 @@ class FlowerNode:
         deadline: float,
     ) -> bool:
         """Begin a push session and upload what it asks for; False where it must begin anew."""
-        pushed = self._call(self._client.PushMessages, push, patience_s=deadline - time.monotonic())
+        inline = [
+            PushObjectRequest(node=self._node, object_id=object_id, object_content=content)
+            for object_id, content in small_contents([objects]).items()
+        ]
+        pushed = self._call(
+            lambda request: self._client.push_batch(request, inline),
+            push,
+            patience_s=deadline - time.monotonic(),
+        )
         return all(
             self._push_object(run_id, pushed.session_id, object_id, objects, deadline)
             for object_id in pushed.objects_to_push
@@ -421,7 +434,7 @@ class _CachedSignature:
 
 
 class _FleetClient(FleetHttpClient):
-    """Keeps idle connections for as long as a round's pauses, not httpx's five seconds."""
+    """Sends small messages in batches, and keeps idle connections for a round's pauses."""
 
     def __init__(self, *args: Any, verify: Any = True, **options: Any) -> None:
         super().__init__(*args, verify=verify, **options)
@@ -432,6 +445,25 @@ class _FleetClient(FleetHttpClient):
             limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
             trust_env=False,
         )
+        self._batches = Batches(self._unary_unary)
+
+    def push_batch(
+        self, request: PushMessagesRequest, objects: Iterable[PushObjectRequest]
+    ) -> PushMessagesResponse:
+        """Push a message and objects; those that the answer names are still to be pushed."""
+        path = "/v1/fleet/push-batch"
+        pushed = self._batches.post(path, (request, *objects), PushMessagesResponse)
+        return self.PushMessages(request) if pushed is None else pushed
+
+    def pull_batch(self, request: PullMessagesRequest) -> _Pulled:
+        """Pull a message; where its own object is there, all are, and it is confirmed."""
+        frames = self._batches.post("/v1/fleet/pull-batch", (request,), Frames)
+        if frames is None:
+            return self.PullMessages(request), {}
+        first, *others = frames.parts
+        objects = map(PushObjectRequest.FromString, others)
+        contents = {item.object_id: item.object_content for item in objects}
+        return PullMessagesResponse.FromString(first), contents
 
 
 def _broken(error: httpx.HTTPStatusError) -> UnavailableError:

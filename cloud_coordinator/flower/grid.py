@@ -51,7 +51,6 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.run import Run
-from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from cloud_coordinator.flower.run_bundle import CLIENT_APP, run_bundle
@@ -64,6 +63,7 @@ from cloud_coordinator.flower.superlink_calls import (
 )
 from cloud_coordinator.flower.superlink_messages import SuperLinkSecrets
 from shared.errors import PeerError, UnavailableError
+from shared.framing import small_contents
 from shared.tasks.spec import TaskSpec
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def open_run(
 class RunGrid(Grid):
     """Flower's Grid over one run that this process serves. Made by `open_run`."""
 
-    def __init__(self, runtime: RuntimeHttpClient, caller: Caller) -> None:
+    def __init__(self, runtime: RuntimeClient, caller: Caller) -> None:
         self._runtime = runtime
         self._call = caller.call
         self._expiry: dict[str, float] = {}  # of messages not answered yet, on time.monotonic()
@@ -211,7 +211,8 @@ class RunGrid(Grid):
             objects: dict[str, InflatableObject] = {}
             for message in batch:
                 objects.update(get_all_nested_objects(message))
-            pushed = self._call(self._runtime.PushMessages, request)
+            inline = self._inline(batch)
+            pushed = self._call(lambda asked: self._runtime.push_batch(asked, inline), request)
             for object_id in pushed.objects_to_push:
                 self._push_object(object_id, objects[object_id], pushed.session_id)
         for message_id, message in zip(pushed.message_ids, batch, strict=True):
@@ -220,7 +221,7 @@ class RunGrid(Grid):
         return list(pushed.message_ids)
 
     def iter_replies(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Yield the replies that are there, one in memory at a time.
+        """Yield the replies that are there; at most one large one is in memory at a time.
 
         A reply whose upload is still under way is kept in mind and yielded by a later call. One
         that failed anywhere comes as a message with an error; tell whose it is by
@@ -234,12 +235,18 @@ class RunGrid(Grid):
         for message_id in arriving:
             yield from self._receive(self._arriving.pop(message_id))
         for batch in _batches([m for m in wanted if m not in arriving]):
-            pulled = self._call(
-                self._runtime.PullMessages, PullAppMessagesRequest(message_ids=batch)
+            pulled, inline = self._call(
+                self._runtime.pull_batch, PullAppMessagesRequest(message_ids=batch)
             )
             for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                 expiry = self._expiry.pop(proto.metadata.reply_to_message_id, 0.0)
-                yield from self._receive(_Arrival(message_from_proto(proto), tree, expiry))
+                message = message_from_proto(proto)
+                if tree.object_id in inline:
+                    # Flower's code consumes what it is given, and replies may share objects.
+                    own = {part.object_id for part in iterate_object_tree(tree)}
+                    yield self._inflate(message, tree, {part: inline[part] for part in own})
+                else:
+                    yield from self._receive(_Arrival(message, tree, expiry))
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are there; `iter_replies` needs less memory."""
@@ -273,6 +280,14 @@ class RunGrid(Grid):
             if not waiting or time.monotonic() > deadline or self._end.wait(_POLL_S):
                 break
         return replies
+
+    def _inline(self, batch: Iterable[Message]) -> list[PushObjectRequest]:
+        """Return the objects of the small messages, which travel with them."""
+        small = small_contents(get_all_nested_objects(message) for message in batch)
+        return [
+            PushObjectRequest(node=_SUPERLINK, object_id=object_id, object_content=content)
+            for object_id, content in small.items()
+        ]
 
     def _push_object(self, object_id: str, item: InflatableObject, session_id: str) -> None:
         request = PushObjectRequest(
@@ -312,6 +327,12 @@ class RunGrid(Grid):
             if not pulled.object_available:
                 raise _StillUploadingError
             contents[part.object_id] = pulled.object_content
+        return self._inflate(message, tree, contents)
+
+    def _inflate(self, message: Message, tree: ObjectTree, contents: dict[str, bytes]) -> Message:
+        """Return the message with its content; one with an error has none."""
+        if message.has_error():
+            return message
         try:
             content = _inflated(tree, contents)
         except Exception:  # the device's bytes, which Flower's code believes; the others go on

@@ -3,7 +3,8 @@
 Stock Flower 1.41 passes each request through nine middlewares and two thread hops, 4 ms of one
 core; the handlers themselves take 0.2 ms. So this ASGI app calls them directly, for the whole Fleet
 API and for the Runtime paths that a round uses, with the checks, errors and bytes on the wire that
-stock SuperNodes and clients expect; contract tests hold it to that.
+stock SuperNodes and clients expect; contract tests hold it to that. Two paths more on each side are
+ours: batches of small messages.
 
 Two listeners share it. The public one has the Fleet API and nothing else. The private one has
 everything, but Flower's Control API, which has no authentication of its own, demands our secret.
@@ -13,9 +14,12 @@ import asyncio
 import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate import InMemoryLinkState, LinkState
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.date import now
@@ -32,8 +36,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from cloud_coordinator.flower.batches import (
+    Batch,
+    is_batch,
+    parse_batch,
+    pull_batch,
+    push_batch,
+)
 from cloud_coordinator.flower.node_authentication import NodeAuthenticator, refused
 from cloud_coordinator.flower.superlink_messages import CONTROL_SECRET_HEADER
+from shared.framing import MAX_BATCH_BYTES, MAX_MESSAGE_BYTES
 
 _FLEET = "/v1/fleet/"
 _RUNTIME = "/v1/runtime/"
@@ -73,6 +85,32 @@ def _confirm(request: Any, state: LinkState) -> Message:
     return fleet_handlers.confirm_message_received(request, state, state.object_store)
 
 
+def _pull_fleet_batch(batch: Batch, state: LinkState) -> Any:
+    call = partial(_call_fleet, state)
+    return pull_batch(call, batch, batch.request.node, state.object_store)
+
+
+def _push_fleet_batch(batch: Batch, state: LinkState) -> Message:
+    return push_batch(partial(_call_fleet, state), batch, limit=MAX_MESSAGE_BYTES)
+
+
+def _call_fleet(state: LinkState, name: str, request: Any) -> Message:
+    return _FLEET_ROUTES[name].handle(request, state)
+
+
+def _pull_runtime_batch(batch: Batch, state: LinkState, task: Any) -> Any:
+    call = partial(_call_runtime, state, task)
+    return pull_batch(call, batch, Node(node_id=SUPERLINK_NODE_ID), state.object_store)
+
+
+def _push_runtime_batch(batch: Batch, state: LinkState, task: Any) -> Message:
+    return push_batch(partial(_call_runtime, state, task), batch, limit=MAX_BATCH_BYTES)
+
+
+def _call_runtime(state: LinkState, task: Any, name: str, request: Any) -> Message:
+    return _RUNTIME_ROUTES[name](request, state, task)
+
+
 _FLEET_ROUTES: Mapping[str, _FleetRoute] = {
     "register-node": _FleetRoute(
         lambda request, state: fleet_handlers.register_node(
@@ -97,6 +135,8 @@ _FLEET_ROUTES: Mapping[str, _FleetRoute] = {
     "push-object": _FleetRoute(fleet_handlers.push_object, max_body_bytes=16 * _MIB),
     "pull-object": _FleetRoute(fleet_handlers.pull_object),
     "confirm-message-received": _FleetRoute(_confirm),
+    "pull-batch": _FleetRoute(_pull_fleet_batch),
+    "push-batch": _FleetRoute(_push_fleet_batch, max_body_bytes=1 * _MIB),
 }
 _RUNTIME_ROUTES: Mapping[str, Callable[[Any, LinkState, Any], Message]] = {
     "push-messages": runtime_handlers.push_messages,
@@ -104,6 +144,8 @@ _RUNTIME_ROUTES: Mapping[str, Callable[[Any, LinkState, Any], Message]] = {
     "push-object": runtime_handlers.push_object,
     "pull-object": runtime_handlers.pull_object,
     "confirm-message-received": runtime_handlers.confirm_message_received,
+    "pull-batch": _pull_runtime_batch,
+    "push-batch": _push_runtime_batch,
 }
 _RUNTIME_MAX_BODY_BYTES = 64 * _MIB  # our own worker's, one request for a whole cohort
 
@@ -185,6 +227,8 @@ def _claimed_nodes(message: Any) -> set[int]:
 
     Stock Flower checks only the first, so that one node could answer in another's name.
     """
+    if isinstance(message, Batch):
+        return _claimed_nodes(message.request).union(*map(_claimed_nodes, message.objects))
     node_id = message.node.node_id if hasattr(message, "node") else message.node_id
     replies = getattr(message, "messages_list", ())
     return {node_id, *(reply.metadata.src_node_id for reply in replies)}
@@ -228,8 +272,11 @@ def _parse(request: Request, body: bytearray) -> Any:
         raise FlowerError(
             ApiErrorCode.UNSUPPORTED_CONTENT_TYPE, f"Unsupported Content-Type: {content_type!r}"
         )
-    message = PROTOBUF_REQUEST_TYPES["POST", request.scope["path"]]()
+    path = request.scope["path"]
     try:
+        if is_batch(path):
+            return parse_batch(path, body)
+        message = PROTOBUF_REQUEST_TYPES["POST", path]()
         message.ParseFromString(body)
     except DecodeError as error:
         raise FlowerError(

@@ -4,17 +4,25 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import httpx
-from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PushAppMessagesRequest,
+    PushAppMessagesResponse,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from cloud_coordinator.flower.superlink_messages import CONTROL_SECRET_HEADER
 from shared.errors import UnavailableError
+from shared.framing import Batches, Frames
 from shared.http_retries import retry_while_away
 
 logger = logging.getLogger(__name__)
@@ -84,7 +92,31 @@ class ControlClient(_OwnConnections, ControlHttpClient):
 
 
 class RuntimeClient(_OwnConnections, RuntimeHttpClient):
-    """Does what a ServerApp's process may."""
+    """Does what a ServerApp's process may, small messages with their objects in one request."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._batches = Batches(self._unary_unary)
+
+    def push_batch(
+        self, request: PushAppMessagesRequest, objects: Iterable[PushObjectRequest]
+    ) -> PushAppMessagesResponse:
+        """Push messages and objects; those that the answer names are still to be pushed."""
+        path = "/v1/runtime/push-batch"
+        pushed = self._batches.post(path, (request, *objects), PushAppMessagesResponse)
+        return self.PushMessages(request) if pushed is None else pushed
+
+    def pull_batch(
+        self, request: PullAppMessagesRequest
+    ) -> tuple[PullAppMessagesResponse, dict[str, bytes]]:
+        """Pull messages, and all objects of those that the SuperLink has confirmed already."""
+        frames = self._batches.post("/v1/runtime/pull-batch", (request,), Frames)
+        if frames is None:
+            return self.PullMessages(request), {}
+        first, *others = frames.parts
+        objects = map(PushObjectRequest.FromString, others)
+        contents = {item.object_id: item.object_content for item in objects}
+        return PullAppMessagesResponse.FromString(first), contents
 
 
 class ControlSecret:

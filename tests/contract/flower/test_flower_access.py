@@ -208,6 +208,8 @@ def test_a_body_above_the_limit_is_refused(caller: Caller, node_id: int) -> None
         "/v1/control/register-node",
         "/v1/runtime/acquire-task",
         "/v1/runtime/pull-messages",
+        "/v1/runtime/pull-batch",
+        "/v1/runtime/push-batch",
         "/v1/fleet/unheard-of",
         "/v1/fleet/../control/start-run",
         "//v1/control/start-run",
@@ -241,7 +243,10 @@ def test_the_control_api_opens_with_its_secret(
     assert client.post(url, headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["acquire-task", "pull-messages", "push-object", "get-nodes"])
+@pytest.mark.parametrize(
+    "path",
+    ["acquire-task", "pull-messages", "push-object", "get-nodes", "pull-batch", "push-batch"],
+)
 def test_the_runtime_api_is_closed_without_a_token(
     client: httpx.Client, superlink: LiveSuperLink, path: str
 ) -> None:

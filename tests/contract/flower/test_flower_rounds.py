@@ -72,6 +72,7 @@ def test_a_reply_that_is_still_uploading_delays_nobody(
         return push_object(*request)
 
     monkeypatch.setattr(node._client, "PushObject", push_slowly)
+    monkeypatch.setattr(node._client._batches, "_known", False)  # which would not be slow
     (message_id,) = grid.push_messages([question(node.node_id)])
     with ThreadPoolExecutor(1) as device:
         work = device.submit(lambda: list(node.work()))
