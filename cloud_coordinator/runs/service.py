@@ -128,6 +128,9 @@ class RunService:
             driver.post(BrokerBack())
 
     def _launch(self, row: RunRow, plan: RunPlan) -> None:
+        # A run that is started while the active ones are being read is found there as well.
+        if row.run_id in self._drivers:
+            return
         driver = RunDriver(row.run_id, plan, RunState(row.state), self._parts)
         self._drivers[row.run_id] = driver
         self._new.put_nowait(driver)

@@ -3,11 +3,16 @@
 import asyncio
 import os
 import signal
+import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import pytest
+
 from cloud_coordinator.app import Coordinator
 from cloud_coordinator.broker import BrokerPlan, start_broker
+from cloud_coordinator.runs.records import RunRecords
+from cloud_coordinator.runs.tables import RunRow
 from cloud_coordinator.settings import choose_ports
 from shared.listening import free_port
 from shared.messages import (
@@ -141,6 +146,24 @@ async def test_a_worker_that_crashes_again_and_again_ends_the_run_with_the_cause
         assert "gave up after 3 crashes in a row" in run["cause"]
         assert "status 3" in run["cause"]
         assert len(service.starts) == 3
+
+
+async def test_a_run_that_is_started_while_active_ones_are_read_is_driven_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, read_active = threading.Event(), RunRecords.active
+
+    def read_late(records: RunRecords) -> list[RunRow]:
+        assert started.wait(30)
+        return list(read_active(records))
+
+    monkeypatch.setattr(RunRecords, "active", read_late)
+    async with live(tmp_path) as service:
+        service.ask("fail")
+        run_id = await service.start(plan())
+        started.set()
+        await service.ended(run_id)
+        assert len(service.starts) == 1
 
 
 async def test_a_worker_that_gives_up_ends_the_run_at_once(tmp_path: Path) -> None:
