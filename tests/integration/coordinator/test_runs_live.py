@@ -159,11 +159,11 @@ async def test_a_run_that_is_started_while_active_ones_are_read_is_driven_once(
 
     monkeypatch.setattr(RunRecords, "active", read_late)
     async with live(tmp_path) as service:
-        service.ask("fail")
+        service.ask("crash-always")
         run_id = await service.start(plan())
         started.set()
         await service.ended(run_id)
-        assert len(service.starts) == 1
+        assert len(service.starts) == 3
 
 
 async def test_a_worker_that_gives_up_ends_the_run_at_once(tmp_path: Path) -> None:
