@@ -5,6 +5,7 @@ ShoalError
 ├── DataError               a data source breaks its task's contract: refuse it with the reasons
 ├── UnavailableError        something needed is away now (port, broker, disk space): say what to do
 ├── PeerError               the other side broke the protocol: log, drop, carry on
+├── PolicyError             this device's owner does not allow it: refuse with the reason
 ├── StoppedError            we were asked to end: tidy up and go
 ├── QuorumError             too few updates survived: abandon the round, try the next
 ├── ConflictError           somebody else moved first: reload and decide again
@@ -36,6 +37,10 @@ class UnavailableError(ShoalError):
 
 class PeerError(ShoalError):
     """The other side sent what it should not have sent."""
+
+
+class PolicyError(ShoalError):
+    """What is asked is beyond what this device's owner allows; says nothing of the data."""
 
 
 class StoppedError(ShoalError):

@@ -1,0 +1,1 @@
+"""Sums that hide their terms: protocol, encoding, noise and its accounting; pure, without I/O."""
