@@ -1,0 +1,1 @@
+"""Federated statistics: what a fleet's data are like, known only summed; pure, numpy alone."""
