@@ -1,9 +1,9 @@
-"""Rows of enrolled devices, of the tokens they join with, and of messages already handled."""
+"""Rows of enrolled devices, the tokens they join with, their membership, messages handled."""
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, String
+from sqlalchemy import JSON, ForeignKey, LargeBinary, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cloud_coordinator.database import Base
@@ -17,6 +17,7 @@ class JoinTokenRow(Base):
     token_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     secret_hash: Mapped[str] = mapped_column(String(64))
     uses_left: Mapped[int]
+    owner: Mapped[str] = mapped_column(String(128), default="")  # of the devices that join with it
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
 
@@ -31,6 +32,8 @@ class DeviceRow(Base):
     node_key_pem: Mapped[str] = mapped_column(String(1000), unique=True)
     token_id: Mapped[str] = mapped_column(ForeignKey("join_tokens.token_id"))
     enrolled_at: Mapped[datetime]
+    owner: Mapped[str] = mapped_column(String(128), default="")
+    revoked_at: Mapped[datetime | None] = mapped_column(default=None)  # no sum may have it since
 
     presence: Mapped[str] = mapped_column(String(16), default="lost")
     boot: Mapped[str | None] = mapped_column(String(128), default=None)
@@ -54,3 +57,13 @@ class HandledMessageRow(Base):
     message_id: Mapped[str] = mapped_column(String(128), primary_key=True)
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.device_id"))
     forget_at: Mapped[datetime] = mapped_column(index=True)  # no valid copy can arrive after that
+
+
+class MembershipListRow(Base):
+    """The newest signed membership list: it holds all that earlier ones said, so they go."""
+
+    __tablename__ = "membership_lists"
+
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    issued_at: Mapped[datetime]
+    sealed: Mapped[bytes] = mapped_column(LargeBinary)  # a DSSE envelope by the fleet key
