@@ -1,0 +1,29 @@
+"""What a sum is asked about, as digests that coordinator and device compute alike.
+
+A device computes them over what it *received*, so that devices which were asked different things
+do not understand each other. A vector is spent for one base model and one question; therefore the
+round's number and seed are no part of a question: a round that is claimed to have failed cannot be
+asked again under another number.
+"""
+
+import hashlib
+
+import numpy as np
+
+from shared.parameters import Vector
+
+
+def base_digest_of(parameters: Vector) -> str:
+    """Return the hex SHA-256 of parameters, shape (d,) float32, as every device receives them."""
+    content = np.ascontiguousarray(parameters, dtype="<f4")
+    return hashlib.sha256(b"shoal parameters v1\0" + content.tobytes()).hexdigest()
+
+
+def training_question(plan: bytes) -> str:
+    """Return the digest of "train like this": the plan's JSON exactly as it travels."""
+    return hashlib.sha256(b"shoal question v1: train\0" + plan).hexdigest()
+
+
+def evaluation_question() -> str:
+    """Return the digest of "measure these parameters on held-out rows", which has no options."""
+    return hashlib.sha256(b"shoal question v1: evaluate\0").hexdigest()
