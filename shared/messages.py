@@ -6,7 +6,8 @@ was taken over can delay or drop, not order, retarget or forge. Unknown *fields*
 that either side may be newer; an unknown *type* is refused with a PeerError, counted and logged.
 
 Topics are ``shoal/v1/{fleet}/d/{device}/{up|dn}/{name}``: six slashes and three subscriptions per
-device, within the limits of hosted brokers. No weights travel here.
+device, within the limits of hosted brokers. No weights travel here, but the kilobyte stages of
+secure sums do: a device's answer is opaque to this module, and signed by itself.
 """
 
 import re
@@ -30,13 +31,17 @@ OLDEST_PROTOCOL_VERSION = (
     1  # the oldest that a coordinator still serves: its own and the one before
 )
 PAYLOAD_TYPE = "application/vnd.shoal.control.v1+json"
-MAX_MESSAGE_BYTES = 64 * 1024  # sealed; brokers are configured to the same limit
+MAX_MESSAGE_BYTES = 128 * 1024  # sealed; brokers are configured to the same limit
+MAX_STAGE_BYTES = 64 * 1024  # of a secure sum's question or answer, before it is wrapped twice
 ALL_DEVICES = "*"
 
 DEVICE_ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}\Z"
 MAX_TEXT_LENGTH = 500
 Text = Annotated[str, Meta(max_length=MAX_TEXT_LENGTH)]
 Identifier = Annotated[str, Meta(max_length=128)]
+RelayedStage = Literal["share", "consent", "reveal"]  # of a secure sum; the others go by Flower
+SumSession = Annotated[bytes, Meta(min_length=32, max_length=32)]
+StageContent = Annotated[bytes, Meta(max_length=MAX_STAGE_BYTES)]
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -142,6 +147,15 @@ class InvitationAnswer(Body, frozen=True, tag="run.answer"):
     reason: Text = ""
 
 
+class SumAnswer(Body, frozen=True, tag="sum.answer"):
+    """A device's signed word at one stage of a secure sum; see shared/secure_sum/messages.py."""
+
+    run_id: Identifier
+    session_id: Identifier
+    stage: RelayedStage
+    answer: StageContent
+
+
 # --- from coordinator to device -------------------------------------------------------------------
 
 
@@ -161,6 +175,8 @@ class Invitation(Body, frozen=True, tag="run.invitation"):
     min_examples: int
     superlink_address: Text  # host:port of the Fleet API, TLS under the pinned CA
     lease_s: float  # the trainer ends by itself when it heard nothing for so long
+    mode: Literal["secure", "plain"] = "plain"  # whether updates leave a device only in sums
+    min_survivors: int = 0  # fewest devices in each of its sums; 0 where it is plain
 
 
 class Nudge(Body, frozen=True, tag="run.nudge"):
@@ -168,6 +184,16 @@ class Nudge(Body, frozen=True, tag="run.nudge"):
 
     run_id: Identifier
     session_id: Identifier
+
+
+class SumQuestion(Body, frozen=True, tag="sum.question"):
+    """One stage of a secure sum, for the trainer; it believes nothing that it cannot check."""
+
+    run_id: Identifier
+    session_id: Identifier  # of the run
+    session: SumSession  # of the sum
+    stage: RelayedStage
+    question: StageContent
 
 
 class DismissFromRun(Body, frozen=True, tag="run.dismissed"):
@@ -202,9 +228,19 @@ class CoordinatorPresence(Body, frozen=True, tag="coordinator.presence"):
 
 
 UpBody = (
-    Presence | Hello | Telemetry | Reported | JoinedRun | LeftRun | ReplyWaiting | InvitationAnswer
+    Presence
+    | Hello
+    | Telemetry
+    | Reported
+    | JoinedRun
+    | LeftRun
+    | ReplyWaiting
+    | InvitationAnswer
+    | SumAnswer
 )
-DownBody = Desired | Invitation | Nudge | DismissFromRun | Ack | Notice | CoordinatorPresence
+DownBody = (
+    Desired | Invitation | Nudge | SumQuestion | DismissFromRun | Ack | Notice | CoordinatorPresence
+)
 AnyBody = UpBody | DownBody
 
 
@@ -240,11 +276,13 @@ UP: Mapping[type[Body], Delivery] = {
     LeftRun: Delivery("event", 1, 7 * _DAY, durable=True),
     ReplyWaiting: Delivery("announce", 1, 5 * _MINUTE),
     InvitationAnswer: Delivery("reply", 1, 5 * _MINUTE),
+    SumAnswer: Delivery("sum", 1, 5 * _MINUTE),
 }
 DOWN: Mapping[type[Body], Delivery] = {
     Desired: Delivery("desired", 1, 3650 * _DAY, retain=True),
     Invitation: Delivery("command", 1, _MINUTE),
     Nudge: Delivery("command", 1, 5 * _MINUTE),
+    SumQuestion: Delivery("sum", 1, 5 * _MINUTE),
     DismissFromRun: Delivery("command", 1, _HOUR),
     Ack: Delivery("ack", 1, _HOUR),
     Notice: Delivery("notice", 1, 5 * _MINUTE),

@@ -172,17 +172,17 @@ async def test_only_a_fresh_desired_state_of_our_coordinator_for_this_device_cou
         "must name one device": cloud.sign(bad, device="*"),
         "no key that is trusted": cloud.sign(bad, key=SigningKey.generate()),
         "not a signed envelope": b'{"type": "desired", "version": 9}',
-        "is over 65536": b"x" * 65_537,
+        "is over 131072": b"x" * 131_073,
         "does not belong on this topic": cloud.sign(Nudge(run_id="r", session_id="s")),
         "refused desired state 4": replay,
     }
     for payload in refused.values():
-        await cloud.send_raw(five, payload[:65_536])
+        await cloud.send_raw(five, payload[:131_072])
     await cloud.send(Desired(version=6))
     await cloud.until_heard(Reported, desired_version=6)
 
     assert {body.desired_version for body in cloud.bodies(Reported)} == {0, 5, 6}
-    refused["not a signed envelope"] = refused.pop("is over 65536")  # we cannot send so much
+    refused["not a signed envelope"] = refused.pop("is over 131072")  # we cannot send so much
     for reason in refused:
         assert reason in agent.log, reason
     assert "Traceback" not in agent.log

@@ -14,6 +14,7 @@ from shared.messages import (
     ALL_DEVICES,
     DOWN,
     MAX_MESSAGE_BYTES,
+    MAX_STAGE_BYTES,
     MAX_TEXT_LENGTH,
     PAYLOAD_TYPE,
     PROTOCOL_VERSION,
@@ -34,8 +35,11 @@ from shared.messages import (
     Nudge,
     Presence,
     PresenceState,
+    RelayedStage,
     ReplyWaiting,
     Reported,
+    SumAnswer,
+    SumQuestion,
     Telemetry,
     as_text,
     coordinator_subscriptions,
@@ -47,6 +51,20 @@ from shared.messages import (
     new_envelope,
     topic_of,
 )
+from shared.secure_sum.config import MAX_ROSTER
+from shared.secure_sum.messages import (
+    Consent,
+    Dealt,
+    Revealed,
+    RevealedShare,
+    Roster,
+    RosterEntry,
+    Shared,
+    SignedAnswer,
+    Survivors,
+    Unmask,
+)
+from shared.secure_sum.messages import encode as encode_stage
 from shared.signing import SigningKey, seal
 from shared.tasks.spec import TaskSpec
 
@@ -70,6 +88,7 @@ BODIES: tuple[AnyBody, ...] = (
     LeftRun(run_id="r", session_id="s", cause="dismissed"),
     ReplyWaiting(run_id="r", session_id="s", message_id="m"),
     InvitationAnswer(run_id="r", session_id="s", accepted=False, reason="busy"),
+    SumAnswer(run_id="r", session_id="s", stage="share", answer=b"signed"),
     Desired(version=1, model_version="a" * 64),
     Invitation(
         run_id="r",
@@ -80,6 +99,7 @@ BODIES: tuple[AnyBody, ...] = (
         lease_s=60,
     ),
     Nudge(run_id="r", session_id="s"),
+    SumQuestion(run_id="r", session_id="s", session=bytes(32), stage="reveal", question=b"why"),
     DismissFromRun(run_id="r", session_id="s", cause="done"),
     Ack(ids=("m",)),
     Notice(kind="restarting", window_s=5),
@@ -139,13 +159,59 @@ def test_a_foreign_topic_names_no_device(topic: str) -> None:
 
 
 def test_an_oversized_message_is_refused_before_it_is_parsed() -> None:
-    with pytest.raises(PeerError, match="is over 65536"):
+    with pytest.raises(PeerError, match="is over 131072"):
         read(b"{" * (MAX_MESSAGE_BYTES + 1))
 
 
 def test_we_refuse_to_send_an_oversized_message() -> None:
     with pytest.raises(ValueError, match=r"Ack of .* bytes is over"):
-        sealed(Ack(ids=tuple(f"{number:0128d}" for number in range(1000))))
+        sealed(Ack(ids=tuple(f"{number:0128d}" for number in range(2000))))
+
+
+def test_the_longest_words_of_a_sum_of_256_devices_fit_into_a_message() -> None:
+    names = [f"{number:063d}" for number in range(MAX_ROSTER)]  # the longest that enrolment takes
+    entries = [RosterEntry(name, bytes(32), bytes(32), bytes(64)) for name in names]
+    dealt = [Dealt(to, bytes(80), bytes(32), bytes(32)) for to in range(MAX_ROSTER - 1)]
+    consents = [Consent(place, bytes(64)) for place in range(MAX_ROSTER)]
+    unmask = Unmask(Survivors(bytes(MAX_ROSTER // 8)), tuple(consents))
+    revealed = [RevealedShare(dealer, bytes(32)) for dealer in range(MAX_ROSTER)]
+    about = {"run_id": "r" * 128, "session_id": "s" * 128}
+
+    questions: list[tuple[RelayedStage, bytes]] = [
+        ("share", encode_stage(Roster(tuple(entries)))),
+        ("reveal", encode_stage(unmask)),
+    ]
+    for stage, question in questions:
+        asked = SumQuestion(**about, session=bytes(32), stage=stage, question=question)
+        assert read(sealed(asked, device=names[0]), device=names[0]).body == asked
+
+    answers: list[tuple[RelayedStage, bytes]] = [
+        ("share", encode_stage(Shared(bytes(32), tuple(dealt)))),
+        ("reveal", encode_stage(Revealed(tuple(revealed))) + bytes(48)),  # sealed
+    ]
+    for stage, body in answers:
+        signed = SignedAnswer(
+            session=bytes(32), stage=stage, device_id=names[0], body=body, signature=bytes(64)
+        )
+        answer = SumAnswer(**about, stage=stage, answer=encode_stage(signed))
+        assert read(sealed(answer, device=names[0]), device=names[0]).body == answer
+
+
+def test_what_is_no_word_of_a_stage_is_refused() -> None:
+    about = {"run_id": "r", "session_id": "s"}
+    endless = SumAnswer(**about, stage="share", answer=bytes(MAX_STAGE_BYTES + 1))
+    short = SumQuestion(**about, session=bytes(31), stage="consent", question=b"")
+    vector = SumQuestion(**about, session=bytes(32), stage="mask", question=b"")  # type: ignore[arg-type]
+    for body in (endless, short, vector):
+        with pytest.raises(PeerError, match="breaks the schema"):
+            read(sealed(body))
+
+
+def test_an_invitation_of_an_older_coordinator_counts_as_one_to_a_plain_run() -> None:
+    body = next(body for body in BODIES if isinstance(body, Invitation))
+    document = msgspec.to_builtins(body)
+    del document["mode"], document["min_survivors"]
+    assert msgspec.convert(document, Invitation).mode == "plain"
 
 
 def test_an_unsigned_message_is_refused() -> None:
