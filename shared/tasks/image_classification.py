@@ -32,7 +32,7 @@ from shared.errors import ConfigError
 from shared.manifest import TensorSpec
 from shared.tasks.contract import DataContract, ImageShape, check_labels
 from shared.tasks.losses import ClassificationLoss, classification_loss
-from shared.tasks.metrics import classification_summary, classification_sums
+from shared.tasks.metrics import classification_bounds, classification_summary, classification_sums
 from shared.tasks.task import Task
 
 _LENET_SIDES = range(12, 65)
@@ -121,6 +121,11 @@ class ImageClassification(Task):
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """Count examples and hits, and sum the loss."""
         return classification_sums(outputs, targets)
+
+    @property
+    def statistics(self) -> Mapping[str, float]:
+        """What `measure` returns, and how much of it one example may be."""
+        return classification_bounds()
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return ``loss`` and ``accuracy``."""

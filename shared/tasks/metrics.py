@@ -3,9 +3,13 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+
+from shared.tasks.task import LARGEST_LOSS
 
 
 @torch.no_grad()
@@ -30,6 +34,11 @@ def classification_summary(sums: Mapping[str, float]) -> dict[str, float]:
     """Return mean ``loss`` and ``accuracy`` in [0, 1] of at least one example."""
     examples = sums["examples"]
     return {"loss": sums["loss_sum"] / examples, "accuracy": sums["correct"] / examples}
+
+
+def classification_bounds() -> dict[str, float]:
+    """Return how much one example may add to each of `classification_sums` under noise."""
+    return {"examples": 1.0, "loss_sum": LARGEST_LOSS, "correct": 1.0}
 
 
 @torch.no_grad()
@@ -59,6 +68,22 @@ def regression_sums(
     }
 
 
+def regression_bounds(reach: float) -> dict[str, float]:
+    """Return how much one example may add to each of `regression_sums` under noise.
+
+    Args:
+        reach: largest magnitude of a target in standard units; predictions are taken to reach no
+            further, so that an error is at most twice as large.
+    """
+    return {
+        "examples": 1.0,
+        "loss_sum": (2 * reach) ** 2,
+        "absolute_error_sum": 2 * reach,
+        "target_sum": reach,
+        "target_square_sum": reach**2,
+    }
+
+
 def regression_summary(sums: Mapping[str, float], *, scale: float) -> dict[str, float]:
     """Summarise at least one example.
 
@@ -76,3 +101,33 @@ def regression_summary(sums: Mapping[str, float], *, scale: float) -> dict[str, 
         # Where all targets are the same there is nothing to explain.
         "r2": 1 - squared_error / variation if variation > 0 else 0.0,
     }
+
+
+def scale_statistics(sums: Mapping[str, float], bounds: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return one device's statistics as noise can hide them: its means, each over its bound.
+
+    The order is that of the sorted names, on every device. Devices count alike, however many
+    examples they have, so that how many is not told: their ``examples`` become 1.
+
+    Args:
+        sums: what `Task.measure` gave, added over batches; zeros where there are no examples.
+        bounds: `Task.statistics`.
+
+    Returns:
+        Shape (len(bounds),), each in [-1, 1]; zeros where there are no examples.
+    """
+    examples = sums["examples"]
+    if not examples:
+        return np.zeros(len(bounds))
+    means = np.array([sums[name] / examples / bounds[name] for name in sorted(bounds)])
+    return means.clip(-1, 1)
+
+
+def restore_statistics(total: NDArray[np.float64], bounds: Mapping[str, float]) -> dict[str, float]:
+    """Read the sum of several devices' `scale_statistics` as statistics `Task.summarize` takes.
+
+    Args:
+        total: shape (len(bounds),).
+        bounds: `Task.statistics`.
+    """
+    return {name: float(total[at]) * bounds[name] for at, name in enumerate(sorted(bounds))}

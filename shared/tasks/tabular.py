@@ -39,14 +39,17 @@ from shared.manifest import TensorSpec
 from shared.tasks.contract import DataContract, Feature, check_labels
 from shared.tasks.losses import ClassificationLoss, classification_loss
 from shared.tasks.metrics import (
+    classification_bounds,
     classification_summary,
     classification_sums,
+    regression_bounds,
     regression_summary,
     regression_sums,
 )
 from shared.tasks.task import Task
 
 _DEFAULT_HIDDEN = 64
+_USUAL_REACH = 4.0  # scales around the mean, where nobody wrote how far a target may be from it
 
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Positive = Annotated[float, Meta(gt=0, le=1e30)]
@@ -222,6 +225,11 @@ class TabularClassification(Tabular):
         """Count examples and hits, and sum the loss."""
         return classification_sums(outputs, targets)
 
+    @property
+    def statistics(self) -> Mapping[str, float]:
+        """What `measure` returns, and how much of it one example may be."""
+        return classification_bounds()
+
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return ``loss`` and ``accuracy``."""
         return classification_summary(sums)
@@ -263,6 +271,14 @@ class TabularRegression(Tabular):
         """Sum the errors and what R² needs."""
         mean, scale = self._target.mean, self._target.scale
         return regression_sums(outputs[:, 0], targets, mean=mean, scale=scale)
+
+    @property
+    def statistics(self) -> Mapping[str, float]:
+        """What `measure` returns, and how much of it one example may be."""
+        target = self._target
+        ends = [(end - target.mean) / target.scale for end in (target.minimum, target.maximum)]
+        reach = max(map(abs, ends))
+        return regression_bounds(_USUAL_REACH if math.isinf(reach) else reach)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return ``loss``, ``rmse``, ``mae`` and ``r2``."""

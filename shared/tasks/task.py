@@ -38,6 +38,8 @@ from torch import Tensor, nn
 from shared.manifest import TensorSpec
 from shared.tasks.contract import DataContract
 
+LARGEST_LOSS = 10.0  # nats that one example counts for under noise; guessing among 1,000 is 7
+
 
 class Task(ABC):
     """One thing to learn. Instances are made from the options of a `TaskSpec` and never change."""
@@ -87,6 +89,21 @@ class Task(ABC):
 
         Must hold ``examples`` (the number of rows) and ``loss_sum``.
         """
+
+    @property
+    def statistics(self) -> Mapping[str, float]:
+        """The names that `measure` returns, with the largest magnitude that one example may add.
+
+        Where noise protects the devices, it has to hide the largest contribution that is kept: a
+        device's mean beyond its bound is clipped, and a bound that is far too large costs accuracy.
+        By default the names are found by measuring a fresh network, with a bound of
+        `LARGEST_LOSS` for ``loss_sum`` and of 1 for all else, as counts have it.
+        """
+        with torch.inference_mode():
+            inputs = torch.from_numpy(self.example_inputs(np.random.default_rng(0), 2))
+            targets = torch.zeros(2, dtype=torch.int64 if self.contract.labels else torch.float32)
+            names = self.measure(seeded_model(self, 0).eval()(inputs), targets)
+        return {name: LARGEST_LOSS if name == "loss_sum" else 1.0 for name in names}
 
     @abstractmethod
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from edge_agent.local_data import check_data, read_local_data, read_task_spec
 from edge_agent.training import evaluate, train
 from shared.errors import ConfigError
 from shared.run_plan import TrainingPlan
+from shared.tasks.registry import load_task
 from shared.tasks.task import seeded_model
 from shared.tasks.vectors import to_vector
 
@@ -49,6 +50,20 @@ def test_a_task_of_one_s_own_is_trained_to_98_percent(
     metrics = data.task.summarize(evaluate(data.task, update.parameters, data.held_out))
     assert metrics["accuracy"] >= 0.98
     assert data.task.primary_metric in metrics
+
+
+def test_a_task_that_names_no_statistics_has_those_that_it_measures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE_TASK)
+    task = load_task(read_task_spec(str(EXAMPLE_TASK / "TASK.toml")))
+
+    named = task.statistics
+    monkeypatch.delattr(type(task), "statistics")
+    found = task.statistics
+
+    assert set(found) == set(named)
+    assert found == {"examples": 1, "loss_sum": 10, "correct": 1}
 
 
 def test_a_task_that_is_not_installed_on_this_device_is_refused_with_what_to_do(

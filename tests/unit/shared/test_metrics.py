@@ -5,11 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.tasks.metrics import (
+    classification_bounds,
     classification_summary,
     classification_sums,
+    regression_bounds,
     regression_summary,
     regression_sums,
+    restore_statistics,
+    scale_statistics,
 )
+from shared.tasks.task import LARGEST_LOSS
 
 
 def added(*parts: dict[str, float]) -> dict[str, float]:
@@ -68,3 +73,34 @@ def test_targets_that_never_vary_leave_nothing_to_explain() -> None:
     sums = regression_sums(torch.zeros(5), torch.ones(5), mean=0.0, scale=1.0)
 
     assert regression_summary(sums, scale=1.0)["r2"] == 0
+
+
+@given(rows=st.integers(1, 50), reach=st.floats(0.1, 10), seed=st.integers(0, 2**32 - 1))
+def test_statistics_within_their_bounds_come_back_as_means_of_one_device(
+    rows: int, reach: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    targets, predictions = torch.from_numpy(rng.uniform(-reach, reach, (2, rows)))
+    sums = regression_sums(predictions, targets, mean=0.0, scale=1.0)
+
+    scaled = scale_statistics(sums, regression_bounds(reach))
+    restored = restore_statistics(scaled, regression_bounds(reach))
+
+    assert np.abs(scaled).max() == 1  # of ``examples``: how many there are is not told
+    assert restored == pytest.approx({name: value / rows for name, value in sums.items()})
+
+
+def test_what_is_beyond_its_bound_is_clipped() -> None:
+    sums = {"examples": 2.0, "loss_sum": 1e9, "correct": 1.0}
+
+    scaled = scale_statistics(sums, classification_bounds())
+
+    assert restore_statistics(scaled, classification_bounds()) == {
+        "examples": 1.0,
+        "loss_sum": LARGEST_LOSS,
+        "correct": 0.5,
+    }
+
+
+def test_a_device_without_examples_adds_nothing() -> None:
+    assert not scale_statistics({"examples": 0.0}, classification_bounds()).any()

@@ -128,3 +128,20 @@ def test_a_regression_answers_in_the_target_s_own_unit() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         Tabular.from_options(options)
+
+
+def test_every_statistic_of_a_task_is_named_with_its_bound() -> None:
+    classifier, regression = Tabular.from_options(PUMPS), Tabular.from_options(PRICES)
+    logits, labels = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    price = torch.tensor([[300.0]])
+
+    assert list(classifier.statistics) == list(classifier.measure(logits, labels))
+    sums = regression.measure(price, torch.tensor([100.0]))  # as wrong as the range permits
+    assert list(regression.statistics) == list(sums)
+    assert all(abs(sums[name]) <= bound for name, bound in regression.statistics.items())
+    assert sums["loss_sum"] == regression.statistics["loss_sum"]
+
+
+def test_targets_without_a_range_are_taken_to_be_some_scales_away() -> None:
+    endless = {"target_minimum": None, "target_maximum": None, "target_mean": 0, "target_scale": 5}
+    assert Tabular.from_options(PRICES | endless).statistics["target_sum"] == 4
