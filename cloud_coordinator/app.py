@@ -29,10 +29,12 @@ from cloud_coordinator.broker import plan_broker, start_broker
 from cloud_coordinator.control_link import ControlLink
 from cloud_coordinator.database import Database
 from cloud_coordinator.devices import api as devices_api
+from cloud_coordinator.devices import membership_api
 from cloud_coordinator.devices.enrolment import Enrolment
+from cloud_coordinator.devices.membership import Membership
 from cloud_coordinator.devices.service import DeviceService
 from cloud_coordinator.flower.superlink import SuperLink
-from cloud_coordinator.keys import Keys, load_keys
+from cloud_coordinator.keys import FLEET_KEY_BESIDE, FLEET_KEY_FILE, Keys, load_keys
 from cloud_coordinator.models import api as models_api
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.rollouts import api as rollouts_api
@@ -110,7 +112,7 @@ class Coordinator:
         home = settings.home
         make_folder(home)
         rng = random.Random()  # noqa: S311  # jitter, no secret
-        self.keys = load_keys(home)
+        self.keys = load_keys(home, fleet_key=settings.fleet_key)
         self.database = Database(settings.database_url)
         self.database.migrate()
         self.blobs = BlobStore(home / "blobs")
@@ -127,6 +129,9 @@ class Coordinator:
         self.devices = DeviceService(self.database, clock=utc_now)
         self.enrolment = Enrolment(
             self.database, coordinator_key_id=self.keys.command.public.key_id, clock=utc_now
+        )
+        self.membership = Membership(
+            self.database, fleet=settings.fleet, key=self.keys.fleet, clock=utc_now
         )
         self.models = parts.models(self.database, self.blobs, self.keys, home)
         self.link = ControlLink(
@@ -165,6 +170,8 @@ class Coordinator:
         Raises:
             UnavailableError: a child cannot be started: a port is in use, a program is missing.
         """
+        if self.keys.fleet.place == "beside":
+            logger.info("%s: %s", self.settings.home / FLEET_KEY_FILE, FLEET_KEY_BESIDE)
         await asyncio.to_thread(self.blobs.remove_temporaries)
         await self.devices.forget_presence()
         try:
@@ -187,10 +194,11 @@ class Coordinator:
         state = app.state
         state.clock, state.admin_token = utc_now, self.keys.admin_token
         state.devices, state.enrolment = self.devices, self.enrolment
+        state.membership = self.membership
         state.runs, state.rollouts, state.models = self.runs, self.rollouts, self.models
         state.link, state.supervisors = self.link, self.supervisors
         state.seal_reply = self._seal_reply
-        for api in (health, devices_api, runs_api, rollouts_api, models_api):
+        for api in (health, devices_api, membership_api, runs_api, rollouts_api, models_api):
             app.include_router(api.router)
         app.add_exception_handler(ShoalError, _as_response)
         app.add_exception_handler(RequestValidationError, _as_response)
@@ -267,6 +275,7 @@ class Coordinator:
             fleet=self.settings.fleet,
             command_key=str(self.keys.command.public),
             model_key=str(self.keys.model.public),
+            fleet_key=str(self.keys.fleet.public),
             api_url=self.settings.api_url,
             mqtt_url=self.broker_plan.url,
             superlink_ca_pem=self.superlink.current().ca_pem,

@@ -9,6 +9,7 @@ import typer
 from cloud_coordinator.broker import write_mosquitto_config
 from cloud_coordinator.commands.client import AsJson
 from cloud_coordinator.commands.devices import devices, tokens
+from cloud_coordinator.commands.membership import memberships
 from cloud_coordinator.commands.models import models, rollouts
 from cloud_coordinator.commands.output import print_json
 from cloud_coordinator.commands.runs import runs
@@ -27,6 +28,7 @@ app = typer.Typer(
 brokers = typer.Typer(help="The MQTT broker.", no_args_is_help=True)
 app.add_typer(tokens, name="token")
 app.add_typer(devices, name="device")
+app.add_typer(memberships, name="membership")
 app.add_typer(runs, name="run")
 app.add_typer(models, name="model")
 app.add_typer(rollouts, name="rollout")

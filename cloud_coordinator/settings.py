@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from cloud_coordinator.broker import plan_broker
+from cloud_coordinator.keys import FleetKeyPlace
 from shared.errors import ConfigError
 from shared.files import write_atomic
 from shared.listening import free_port, require_loopback
@@ -54,6 +55,11 @@ class Settings(BaseSettings):
         default="main",
         pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
         description="Name of the fleet; part of every MQTT topic.",
+    )
+    fleet_key: FleetKeyPlace = Field(
+        default="beside",
+        description="Where the key is that signs the membership list: beside (fleet-key.pem in the "
+        "home) or offline (only fleet-key.pub is there, and a person signs).",
     )
     answer_deadline_s: float = Field(
         default=30.0, gt=0, le=3600, description="Seconds a device has to answer an invitation."

@@ -42,9 +42,16 @@ def enroll(
         str | None,
         typer.Option(help="Name wished for: small letters, digits, hyphens (default: given)."),
     ] = None,
+    fleet_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Fingerprint that the fleet key must have, learned from somebody else than the "
+            "coordinator (default: believe the coordinator)."
+        ),
+    ] = None,
 ) -> None:
     """Join a coordinator: make this device's keys, prove them, pin the coordinator's."""
-    enrolment = join(home, coordinator, token, name)
+    enrolment = join(home, coordinator, token, name, fleet_key_id=fleet_key)
     typer.echo(
         f"enrolled as {enrolment.device_id}; name its data with 'shoal-agent data add --home "
         f"{home} …', then start it with 'shoal-agent run --home {home}'"

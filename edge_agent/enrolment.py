@@ -5,6 +5,7 @@ the reply is believed only under that key, is kept sealed, and is checked again 
 nobody who stands between, or who edits the file later, can slip in another key or address.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ _REPLY_FILE = "enrolment.json"
 _PIN_FILE = "command-key-id"
 _MAX_REPLY_BYTES = 64 * 1024
 _TIMEOUT_S = 30.0
+_KEY_ID = re.compile(r"^[0-9a-f]{64}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,18 @@ class Enrolment:
     key: SigningKey = field(repr=False)  # signs all that the device says
     command_keys: Mapping[str, VerifyingKey]  # by key id: what may command
     model_keys: Mapping[str, VerifyingKey]  # by key id: what may sign manifests
+    # By key id: what may sign the membership list. Empty: no secure sum has this device.
+    fleet_keys: Mapping[str, VerifyingKey] = field(default_factory=dict)
 
 
-def enroll(home: Path, coordinator_url: str, token: str, device_id: str | None) -> Enrolment:
+def enroll(
+    home: Path,
+    coordinator_url: str,
+    token: str,
+    device_id: str | None,
+    *,
+    fleet_key_id: str | None = None,
+) -> Enrolment:
     """Join the coordinator that made ``token``, and keep the proof under ``home``.
 
     After a lost reply it may simply be called again: the same keys give the same device.
@@ -65,10 +76,13 @@ def enroll(home: Path, coordinator_url: str, token: str, device_id: str | None) 
         coordinator_url: ``http://host:port`` of the coordinator's API.
         token: what ``shoal token create`` printed.
         device_id: the name wished for; None lets the coordinator choose.
+        fleet_key_id: hex SHA-256 of the fleet key, learned from somebody else than the coordinator;
+            None believes the coordinator this once.
 
     Raises:
         ConfigError: enrolled already, not a token, a damaged key file, or the coordinator refused.
-        PeerError: the answer does not come from the coordinator that made the token.
+        PeerError: the answer does not come from the coordinator that made the token, or it names
+            another fleet key; nothing is kept then.
         UnavailableError: no coordinator answers there.
     """
     if is_enrolled(home):
@@ -77,6 +91,11 @@ def enroll(home: Path, coordinator_url: str, token: str, device_id: str | None) 
             f"{home} is enrolled already as {enrolled.device_id}; choose another --home"
         )
     parsed = JoinToken.parse(token)
+    if fleet_key_id is not None and not _KEY_ID.match(fleet_key_id):
+        raise ConfigError(
+            f"{fleet_key_id!r} is no fleet key's fingerprint; copy the 64 characters that "
+            "'shoal membership show' prints"
+        )
     make_folder(home)
     try:
         identity = SigningKey.load_or_create(home / "identity.pem")
@@ -87,7 +106,8 @@ def enroll(home: Path, coordinator_url: str, token: str, device_id: str | None) 
         ) from error
     request = _signed_request(parsed, identity, node_key, device_id)
     sealed = _ask(coordinator_url, request)
-    open_reply(sealed, parsed.coordinator_key_id)
+    reply = open_reply(sealed, parsed.coordinator_key_id)
+    _check_fleet_key(reply, fleet_key_id)
     write_private(home / _PIN_FILE, parsed.coordinator_key_id.encode())
     write_atomic(home / _REPLY_FILE, sealed)
     return load_enrolment(home)
@@ -117,6 +137,7 @@ def load_enrolment(home: Path) -> Enrolment:
         identity = SigningKey.load_or_create(identity_path)
         command_key = VerifyingKey.from_text(reply.command_key)
         model_key = VerifyingKey.from_text(reply.model_key)
+        fleet_keys = _fleet_keys(reply)
     except (PeerError, OSError, ValueError) as error:
         raise ConfigError(
             f"the enrolment in {home} is damaged ({error}); enrol again with a new --home"
@@ -131,6 +152,7 @@ def load_enrolment(home: Path) -> Enrolment:
         key=identity,
         command_keys={command_key.key_id: command_key},
         model_keys={model_key.key_id: model_key},
+        fleet_keys=fleet_keys,
     )
 
 
@@ -160,6 +182,23 @@ def open_reply(sealed: bytes, coordinator_key_id: str) -> EnrolmentReply:
         )
     open_sealed(sealed, payload_type=REPLY_PAYLOAD_TYPE, trusted={key.key_id: key})
     return claimed
+
+
+def _fleet_keys(reply: EnrolmentReply) -> dict[str, VerifyingKey]:
+    if not reply.fleet_key:
+        return {}
+    key = VerifyingKey.from_text(reply.fleet_key)
+    return {key.key_id: key}
+
+
+def _check_fleet_key(reply: EnrolmentReply, wanted: str | None) -> None:
+    """Raise PeerError unless the reply names the fleet key that was ``wanted``, if one was."""
+    named = _fleet_keys(reply)
+    if wanted is not None and wanted not in named:
+        raise PeerError(
+            f"the coordinator names the fleet key {next(iter(named), 'none')[:12]}, not "
+            f"{wanted[:12]}; ask whoever gave you --fleet-key before you enrol this device"
+        )
 
 
 def _signed_request(

@@ -75,6 +75,7 @@ class EnrolmentReply(msgspec.Struct, frozen=True, kw_only=True):
     api_url: str
     mqtt_url: str  # mqtt://host:port
     superlink_ca_pem: str
+    fleet_key: str = ""  # base64; signs the membership list. Empty: a coordinator without one
 
 
 def binding(*, token_id: str, identity_key: str, node_key_pem: str) -> bytes:

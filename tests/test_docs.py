@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
 from cloud_coordinator.devices.api import router as devices
+from cloud_coordinator.devices.membership_api import router as membership
 from cloud_coordinator.health import router as health
 from cloud_coordinator.models.api import router as models
 from cloud_coordinator.models.lifecycle import VersionState
@@ -42,7 +43,7 @@ def test_every_key_of_a_plan_is_documented(struct: type) -> None:
     assert not [key for key in keys if f"\n{key} = " not in plan]
 
 
-@pytest.mark.parametrize("router", [devices, health, models, rollouts, runs])
+@pytest.mark.parametrize("router", [devices, health, membership, models, rollouts, runs])
 def test_every_route_is_documented(router: APIRouter) -> None:
     routes = [route for route in router.routes if isinstance(route, APIRoute)]
     assert routes

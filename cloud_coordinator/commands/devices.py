@@ -17,10 +17,13 @@ def create_token(
     *,
     uses: Annotated[int, typer.Option(help="Devices that may join with it.", min=1)] = 1,
     ttl: Annotated[float, typer.Option(help="Seconds until it expires.", min=1)] = 3600,
+    owner: Annotated[
+        str, typer.Option(help="Whose the devices are; the membership list says so to all devices.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Print a new join token. It is shown this once; the coordinator keeps only a hash."""
-    answer = ApiClient(home).post("/v1/tokens", {"uses": uses, "ttl_s": ttl})
+    answer = ApiClient(home).post("/v1/tokens", {"uses": uses, "ttl_s": ttl, "owner": owner})
     if as_json:
         print_json(answer)
     else:
@@ -34,8 +37,12 @@ def list_tokens(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
     if as_json:
         print_json(answer)
         return
-    rows = [(t["token_id"], str(t["uses_left"]), moment(t["expires_at"])) for t in answer]
-    print_table(("token", "uses left", "expires (UTC)"), rows, empty="no join tokens yet")
+    rows = [
+        (t["token_id"], str(t["uses_left"]), moment(t["expires_at"]), t["owner"] or "-")
+        for t in answer
+    ]
+    columns = ("token", "uses left", "expires (UTC)", "owner")
+    print_table(columns, rows, empty="no join tokens yet")
 
 
 @devices.command("list")
@@ -52,10 +59,11 @@ def list_devices(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
             moment(device["last_seen_at"]),
             ", ".join(device["tasks"]) or "-",
             digest((device["reported"] or {}).get("serving_version")),
+            _membership(device),
         )
         for device in answer
     ]
-    columns = ("device", "presence", "last seen (UTC)", "tasks", "serves")
+    columns = ("device", "presence", "last seen (UTC)", "tasks", "serves", "in sums")
     print_table(columns, rows, empty="no devices yet; 'shoal token create' begins")
 
 
@@ -74,6 +82,8 @@ def show_device(device_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = 
             "presence": _presence(device),
             "last seen": moment(device["last_seen_at"]),
             "enrolled": moment(device["enrolled_at"]),
+            "owner": device["owner"] or "-",
+            "in sums": _membership(device),
             "tasks": ", ".join(device["tasks"]) or "-",
             "machine": _machine(hello.get("cpu_count"), hello.get("memory_bytes")),
             "agent": hello.get("agent_version", "-"),
@@ -89,6 +99,12 @@ def _presence(device: dict[str, Any]) -> str:
     if device["last_seen_at"] is None:
         return "never seen"  # enrolled, not started yet; not a device that was lost
     return "online" if device["online"] else str(device["presence"])
+
+
+def _membership(device: dict[str, Any]) -> str:
+    if device["revoked_at"] is not None:
+        return f"never again; revoked {moment(device['revoked_at'])}"
+    return "yes" if device["listed"] else "waits for the membership list"
 
 
 def _machine(cpu_count: int | None, memory_bytes: int | None) -> str:

@@ -11,12 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cloud_coordinator.devices.authentication import read_body, require_admin
 from cloud_coordinator.devices.enrolment import Enrolment
+from cloud_coordinator.devices.membership import Membership
+from cloud_coordinator.devices.membership_api import membership_of
 from cloud_coordinator.devices.service import DeviceService
 from cloud_coordinator.devices.tables import DeviceRow, JoinTokenRow
 from cloud_coordinator.rollouts.service import RolloutService
 from cloud_coordinator.rollouts.tables import DesiredRow
 from shared.enrolment import EnrolmentRequest
 from shared.errors import PeerError
+from shared.membership import MAX_OWNER_LENGTH, OWNER_PATTERN
 from shared.messages import PresenceState
 from shared.untrusted import NOT_JSON
 
@@ -33,6 +36,12 @@ class TokenRequest(BaseModel):
     ttl_s: float = Field(
         default=3600, gt=0, le=30 * 24 * 3600, description="Seconds until it expires."
     )
+    owner: str = Field(
+        default="",
+        max_length=MAX_OWNER_LENGTH,
+        pattern=OWNER_PATTERN,
+        description="Whose the devices are that join with it; other devices read it in the list.",
+    )
 
 
 class TokenView(BaseModel):
@@ -42,6 +51,7 @@ class TokenView(BaseModel):
 
     token_id: str
     uses_left: int
+    owner: str
     created_at: datetime
     expires_at: datetime
 
@@ -65,13 +75,19 @@ class DesiredView(BaseModel):
 
 
 class DeviceView(BaseModel):
-    """All that is known of a device; ``reported`` is what it says is true."""
+    """All that is known of a device; ``reported`` is what it says is true.
+
+    ``listed``: it may be in a sum; false while it waits for the membership list or is revoked.
+    """
 
     device_id: str
     online: bool
     presence: str
     tasks: list[str]
     enrolled_at: datetime
+    owner: str
+    listed: bool
+    revoked_at: datetime | None
     last_seen_at: datetime | None
     hello: dict[str, Any] | None
     telemetry: dict[str, Any] | None
@@ -112,7 +128,10 @@ async def create_token(
 ) -> NewTokenView:
     """Make a join token; its secret is in this answer and nowhere else."""
     token = await asyncio.to_thread(
-        enrolment.create_token, uses=asked.uses, lifetime=timedelta(seconds=asked.ttl_s)
+        enrolment.create_token,
+        uses=asked.uses,
+        lifetime=timedelta(seconds=asked.ttl_s),
+        owner=asked.owner,
     )
     return NewTokenView(token_id=token.token_id, token=str(token), uses=asked.uses)
 
@@ -130,10 +149,12 @@ async def list_tokens(
 async def list_devices(
     devices: Annotated[DeviceService, Depends(_devices)],
     rollouts: Annotated[RolloutService, Depends(_rollouts)],
+    membership: Annotated[Membership, Depends(membership_of)],
 ) -> list[DeviceView]:
     """Return all devices by name."""
-    desired = await rollouts.desired()
-    return [_view(row, desired.get(row.device_id)) for row in await devices.rows()]
+    desired, rows = await rollouts.desired(), await devices.rows()
+    listed = await asyncio.to_thread(membership.listed, rows)
+    return [_view(row, desired.get(row.device_id), listed=row.device_id in listed) for row in rows]
 
 
 @router.get("/devices/{device_id}", dependencies=[Depends(require_admin)])
@@ -141,19 +162,24 @@ async def show_device(
     device_id: str,
     devices: Annotated[DeviceService, Depends(_devices)],
     rollouts: Annotated[RolloutService, Depends(_rollouts)],
+    membership: Annotated[Membership, Depends(membership_of)],
 ) -> DeviceView:
     """Return one device."""
     row = await devices.row(device_id)
-    return _view(row, (await rollouts.desired()).get(device_id))
+    listed = await asyncio.to_thread(membership.listed, [row])
+    return _view(row, (await rollouts.desired()).get(device_id), listed=device_id in listed)
 
 
-def _view(row: DeviceRow, desired: DesiredRow | None) -> DeviceView:
+def _view(row: DeviceRow, desired: DesiredRow | None, *, listed: bool) -> DeviceView:
     return DeviceView(
         device_id=row.device_id,
         online=row.presence == PresenceState.READY.value,
         presence=row.presence,
         tasks=list((row.hello or {}).get("tasks", ())),
         enrolled_at=row.enrolled_at,
+        owner=row.owner,
+        listed=listed,
+        revoked_at=row.revoked_at,
         last_seen_at=row.last_seen_at,
         hello=row.hello,
         telemetry=row.telemetry,

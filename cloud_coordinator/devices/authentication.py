@@ -67,15 +67,23 @@ async def require_admin(request: Request) -> None:
         )
 
 
-async def read_body(request: Request) -> bytes:
-    """Return the request's body; raise PeerError when it is over `MAX_BODY_BYTES`, or too slow."""
+async def device_or_admin(request: Request) -> None:
+    """Let pass an enrolled device by its signature, or the operator by the admin token."""
+    if DEVICE_HEADER in request.headers:
+        await authenticated_device(request)
+    else:
+        await require_admin(request)
+
+
+async def read_body(request: Request, *, limit_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """Return the request's body; raise PeerError when it is over ``limit_bytes``, or too slow."""
     chunks, size = [], 0
     try:
         async with asyncio.timeout(_BODY_DEADLINE_S):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > MAX_BODY_BYTES:
-                    raise PeerError(f"request body is over {MAX_BODY_BYTES} bytes")
+                if size > limit_bytes:
+                    raise PeerError(f"request body is over {limit_bytes} bytes")
                 chunks.append(chunk)
     except TimeoutError as error:
         raise PeerError(f"request body took more than {_BODY_DEADLINE_S:.0f} s") from error

@@ -36,8 +36,8 @@ class Enrolment:
         self._coordinator_key_id = coordinator_key_id
         self._clock = clock
 
-    def create_token(self, *, uses: int, lifetime: timedelta) -> JoinToken:
-        """Draw a token for ``uses`` devices; only the hash of its secret is stored."""
+    def create_token(self, *, uses: int, lifetime: timedelta, owner: str = "") -> JoinToken:
+        """Draw a token for ``uses`` devices of ``owner``; of its secret only the hash is stored."""
         token = JoinToken.new(self._coordinator_key_id)
         now = self._clock()
         with self._database.transaction() as session:
@@ -46,6 +46,7 @@ class Enrolment:
                     token_id=token.token_id,
                     secret_hash=token.secret_hash,
                     uses_left=uses,
+                    owner=owner,
                     created_at=now,
                     expires_at=now + lifetime,
                 )
@@ -79,7 +80,7 @@ class Enrolment:
                 if known is not None:
                     known.token_id = token.token_id
                     return known.device_id
-                return self._add_device(session, request, identity_key)
+                return self._add_device(session, request, identity_key, owner=token.owner)
         except IntegrityError as error:  # two requests at once; the loser reads the row next time
             raise ConflictError("this device is being enrolled already; try again") from error
 
@@ -113,7 +114,12 @@ class Enrolment:
             ) from error
 
     def _add_device(
-        self, session: Session, request: EnrolmentRequest, identity_key: VerifyingKey
+        self,
+        session: Session,
+        request: EnrolmentRequest,
+        identity_key: VerifyingKey,
+        *,
+        owner: str,
     ) -> str:
         device_id = request.device_id or f"device-{secrets.token_hex(4)}"
         if session.get(DeviceRow, device_id) is not None:
@@ -127,6 +133,7 @@ class Enrolment:
                 node_key_pem=request.node_key_pem,
                 token_id=request.token_id,
                 enrolled_at=self._clock(),
+                owner=owner,
             )
         )
         return device_id

@@ -11,10 +11,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict
 
-from cloud_coordinator.devices.authentication import authenticated_device, require_admin
+from cloud_coordinator.devices.authentication import device_or_admin, require_admin
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import ModelVersionRow
-from shared.request_signing import DEVICE_HEADER
 
 _FOR_EVER = "private, max-age=31536000, immutable"
 
@@ -50,14 +49,6 @@ class VersionView(BaseModel):
     parent: str | None
     ship: str | None
     variants: list[VariantView]
-
-
-async def device_or_admin(request: Request) -> None:
-    """Let pass an enrolled device by its signature, or the operator by the admin token."""
-    if DEVICE_HEADER in request.headers:
-        await authenticated_device(request)
-    else:
-        await require_admin(request)
 
 
 def model_service(request: Request) -> ModelService:

@@ -59,6 +59,7 @@ def make_home(
         api_url=api_url,
         mqtt_url=mqtt_url,
         superlink_ca_pem="",
+        fleet_key=str(command_key.public),
     )
     (home / "command-key-id").write_text(command_key.public.key_id)
     (home / "enrolment.json").write_bytes(

@@ -26,6 +26,10 @@ ADMIN_ROUTES = [
     ("GET", "/v1/tokens"),
     ("GET", "/v1/devices"),
     ("GET", "/v1/devices/a"),
+    ("POST", "/v1/membership"),
+    ("GET", "/v1/membership/status"),
+    ("GET", "/v1/membership/next"),
+    ("POST", "/v1/membership/revoked/a"),
     ("POST", "/v1/runs"),
     ("GET", "/v1/runs"),
     ("GET", "/v1/runs/x"),
@@ -49,7 +53,9 @@ async def test_every_route_but_health_and_enrolment_needs_the_admin_token(tmp_pa
             for path, item in service.coordinator.api().openapi()["paths"].items()
             for method in item
         }
-        assert len(routes) == len(ADMIN_ROUTES) + 4  # health, enroll, manifest, artifact
+        assert (
+            len(routes) == len(ADMIN_ROUTES) + 5
+        )  # health, enroll, membership, manifest, artifact
         for credential in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eDp5"}):
             for method, path in ADMIN_ROUTES:
                 answer = await service.client.request(
@@ -83,6 +89,7 @@ async def test_an_enrolment_reply_holds_all_that_a_device_must_know(tmp_path: Pa
         assert reply.mqtt_url == f"mqtt://127.0.0.1:{settings.mqtt_port}"
         assert reply.command_key == str(keys.command.public)
         assert reply.model_key == str(keys.model.public)
+        assert reply.fleet_key == str(keys.fleet.public)
         assert reply.superlink_ca_pem.startswith("-----BEGIN CERTIFICATE")
         assert JoinToken.parse(token).coordinator_key_id == keys.command.public.key_id
 

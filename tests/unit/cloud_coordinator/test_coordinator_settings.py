@@ -97,9 +97,16 @@ def test_keys_are_made_once_and_only_their_owner_may_read_them(tmp_path: Path) -
     assert first.command.public.key_id == second.command.public.key_id
     assert first.model.public.key_id == second.model.public.key_id
     assert first.admin_token == second.admin_token
-    assert first.command.public.key_id != first.model.public.key_id
+    assert first.fleet.public.key_id == second.fleet.public.key_id
+    assert len({key.public.key_id for key in (first.command, first.model, first.fleet)}) == 3
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["admin-token", "command-key.pem", "model-key.pem"]
+    assert files == [
+        "admin-token",
+        "command-key.pem",
+        "fleet-key.pem",
+        "fleet-key.pub",
+        "model-key.pem",
+    ]
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
 
 
@@ -107,3 +114,47 @@ def test_a_damaged_key_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
     write(tmp_path / "command-key.pem", "not a key")
     with pytest.raises(ConfigError, match="put the backup copy back"):
         load_keys(tmp_path)
+
+
+def test_a_fleet_key_that_was_moved_away_is_not_replaced(tmp_path: Path) -> None:
+    load_keys(tmp_path)
+    (tmp_path / "fleet-key.pem").unlink()
+    with pytest.raises(ConfigError, match=r"fleet-key.pem is missing.*set fleet_key = 'offline'"):
+        load_keys(tmp_path)
+
+
+def test_with_the_fleet_key_offline_only_its_public_half_is_needed(tmp_path: Path) -> None:
+    beside = load_keys(tmp_path).fleet
+    (tmp_path / "fleet-key.pem").unlink()
+    offline = load_keys(tmp_path, fleet_key="offline").fleet
+    assert (beside.place, offline.place) == ("beside", "offline")
+    assert offline.public.key_id == beside.public.key_id
+    assert offline.private is None
+
+
+def test_an_offline_fleet_key_that_is_still_here_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_keys(tmp_path)
+    assert load_keys(tmp_path, fleet_key="offline").fleet.private is None
+    assert "is still there: move it to another machine" in caplog.text
+
+
+def test_an_offline_fleet_key_without_its_public_half_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fleet-key\.pub is missing; make a key"):
+        load_keys(tmp_path, fleet_key="offline")
+
+
+def test_two_halves_of_different_fleet_keys_are_refused(tmp_path: Path) -> None:
+    load_keys(tmp_path / "a")
+    load_keys(tmp_path / "b")
+    (tmp_path / "a" / "fleet-key.pub").replace(tmp_path / "b" / "fleet-key.pub")
+    with pytest.raises(ConfigError, match="two different keys"):
+        load_keys(tmp_path / "b")
+
+
+@pytest.mark.parametrize("content", ["", "not a key", "AAAA"])
+def test_a_damaged_public_fleet_key_is_refused_in_a_sentence(tmp_path: Path, content: str) -> None:
+    write(tmp_path / "fleet-key.pub", content)
+    with pytest.raises(ConfigError, match="put the backup copy back"):
+        load_keys(tmp_path, fleet_key="offline")

@@ -33,6 +33,7 @@ class SmallCoordinator:
     def __init__(self) -> None:
         self.key = SigningKey.generate()
         self.model_key = SigningKey.generate()
+        self.fleet_key = str(SigningKey.generate().public)
         self.requests: list[EnrolmentRequest] = []
         self.failure: tuple[int, bytes] | None = None
         self.sealed_by = self.key
@@ -54,6 +55,7 @@ class SmallCoordinator:
             api_url="http://127.0.0.1:8470",
             mqtt_url="mqtt://127.0.0.1:8471",
             superlink_ca_pem="a certificate",
+            fleet_key=self.fleet_key,
         )
         payload = msgspec.json.encode(reply)
         return 200, seal(payload, payload_type=REPLY_PAYLOAD_TYPE, key=self.sealed_by)
@@ -99,6 +101,7 @@ def test_an_enrolled_device_knows_who_it_is_and_whom_it_trusts(
     assert enrolled.mqtt_url == "mqtt://127.0.0.1:8471"
     assert list(enrolled.command_keys) == [coordinator.key.public.key_id]
     assert list(enrolled.model_keys) == [coordinator.model_key.public.key_id]
+    assert [str(key) for key in enrolled.fleet_keys.values()] == [coordinator.fleet_key]
     again = load_enrolment(tmp_path)
     assert again.key.public.key_id == enrolled.key.public.key_id
     assert "key=" not in repr(again).replace("_key", "")
@@ -269,3 +272,40 @@ def test_an_enrolment_that_was_tampered_with_is_not_used(
     damage(home, other)
     with pytest.raises(ConfigError, match=r"is damaged .* enrol again"):
         load_enrolment(home)
+
+
+def test_a_fleet_key_that_was_learned_elsewhere_is_pinned(
+    coordinator: SmallCoordinator, url: str, tmp_path: Path
+) -> None:
+    wanted = VerifyingKey.from_text(coordinator.fleet_key).key_id
+    enrolled = enroll(tmp_path, url, coordinator.token(), "edge-1", fleet_key_id=wanted)
+    assert list(enrolled.fleet_keys) == [wanted]
+
+
+@pytest.mark.parametrize("named", [str(SigningKey.generate().public), ""])
+def test_another_fleet_key_than_the_one_learned_elsewhere_leaves_nothing_enrolled(
+    coordinator: SmallCoordinator, url: str, tmp_path: Path, named: str
+) -> None:
+    wanted = VerifyingKey.from_text(coordinator.fleet_key).key_id
+    coordinator.fleet_key = named
+    with pytest.raises(PeerError, match="ask whoever gave you --fleet-key") as caught:
+        enroll(tmp_path, url, coordinator.token(), "edge-1", fleet_key_id=wanted)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="is not enrolled"):
+        load_enrolment(tmp_path)
+
+
+@pytest.mark.parametrize("fingerprint", ["", "abc", "A" * 64, "a" * 64 + "\n"])
+def test_something_else_than_a_fingerprint_is_refused_before_anything_is_sent(
+    coordinator: SmallCoordinator, url: str, tmp_path: Path, fingerprint: str
+) -> None:
+    with pytest.raises(ConfigError, match="is no fleet key's fingerprint"):
+        enroll(tmp_path, url, coordinator.token(), "edge-1", fleet_key_id=fingerprint)
+    assert not coordinator.requests
+
+
+def test_an_older_coordinator_without_a_fleet_key_can_be_joined(
+    coordinator: SmallCoordinator, url: str, tmp_path: Path
+) -> None:
+    coordinator.fleet_key = ""
+    assert not enroll(tmp_path, url, coordinator.token(), "edge-1").fleet_keys
