@@ -5,6 +5,7 @@ that every round can be run again.
 """
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,14 @@ from msgspec import Meta
 
 from shared.config import convert, read_document, read_toml
 from shared.errors import ConfigError
+from shared.privacy_plan import (
+    AggregationPlan,
+    Layout,
+    PrivacyPlan,
+    check_plan,
+    lay_out,
+    round_quorum,
+)
 from shared.tasks.spec import TaskSpec
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -33,13 +42,19 @@ class TrainingPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class CohortPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Who takes part, and how long anybody waits for whom."""
 
-    size: Count = 5  # devices whose updates a round wants
-    quorum: Count = 1  # fewest updates that a round may commit with
+    size: Count = 20  # devices whose updates a round wants
+    # Fewest updates that a round may commit with; 0 in a file: what [privacy] needs, or 1.
+    quorum: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.0  # times size are asked
     min_examples: Count = 1  # a device with fewer training examples says no
     recruit_deadline_s: Seconds = 300.0  # for quorum devices to join, at the start and after losses
     round_deadline_s: Seconds = 600.0  # for the updates of one round
     max_abandoned_rounds: Count = 3  # so many in a row end the run
+
+    @property
+    def asked(self) -> int:
+        """Devices that a round asks: over-selection makes up for those that drop out."""
+        return math.ceil(round(self.size * self.over_selection, 9))
 
 
 class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,15 +67,48 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     strategy: Literal["fedavg"] = "fedavg"
     training: TrainingPlan = TrainingPlan()
     cohort: CohortPlan = CohortPlan()
+    privacy: PrivacyPlan = PrivacyPlan()
+    aggregation: AggregationPlan = AggregationPlan()
     evaluate: bool = True  # measure each round's result on held-out rows of its cohort
     deploy: bool = True  # ship the result to every device that has data for the task
 
     def __post_init__(self) -> None:
-        if self.cohort.quorum > self.cohort.size:
+        """Refuse what could never commit, and fill in the quorum that the rest of it needs."""
+        cohort = self.cohort
+        if cohort.quorum > cohort.size:
             raise ConfigError(
-                f"cohort.quorum {self.cohort.quorum} is above cohort.size {self.cohort.size}; "
+                f"cohort.quorum {cohort.quorum} is above cohort.size {cohort.size}; "
                 "a round could never commit: lower the quorum"
             )
+        check_plan(
+            self.privacy,
+            self.aggregation,
+            size=cohort.size,
+            asked=cohort.asked,
+            quorum=cohort.quorum,
+        )
+        fewest = 1
+        if self.privacy.mode == "secure":
+            fewest = round_quorum(self.layout(), self.aggregation)
+        if cohort.quorum < fewest:
+            resolved = msgspec.structs.replace(cohort, quorum=fewest)
+            msgspec.structs.force_setattr(self, "cohort", resolved)
+
+    def layout(self, *, grouped: bool = True) -> Layout:
+        """Return how the devices of a round are parted into sums.
+
+        Args:
+            grouped: False for measuring and for statistics, which never use groups.
+        """
+        cohort = self.cohort
+        return lay_out(
+            self.privacy,
+            self.aggregation,
+            size=cohort.size,
+            asked=cohort.asked,
+            quorum=cohort.quorum,
+            grouped=grouped,
+        )
 
     @property
     def digest(self) -> str:

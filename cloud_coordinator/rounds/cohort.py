@@ -1,6 +1,5 @@
 """Who is asked to train in a round, and when there are enough devices to ask. Pure."""
 
-import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -12,7 +11,7 @@ SETTLE_S = 5.0  # with a quorum there, so long nobody new must have joined befor
 
 def wanted_devices(plan: CohortPlan) -> int:
     """Return how many devices a round asks: over-selection makes up for those that drop out."""
-    return math.ceil(plan.size * plan.over_selection)
+    return plan.asked
 
 
 def select_cohort(

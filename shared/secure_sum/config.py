@@ -9,7 +9,7 @@ that were told different things do not understand each other, and nobody sends a
 import hashlib
 import math
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -133,32 +133,66 @@ def digest_of(payload: bytes) -> bytes:
     return hashlib.sha256(b"shoal sum config v1\0" + payload).digest()
 
 
-def corrupted_of(config: SumConfig, roster_size: int) -> int:
+class Limits(Protocol):
+    """What the numbers below follow from: of a `SumConfig`, or of a plan that will make one."""
+
+    @property
+    def min_survivors(self) -> int:
+        """Fewest devices whose vectors are in the sum."""
+
+    @property
+    def max_roster(self) -> int:
+        """Most devices that may take part."""
+
+    @property
+    def at_least(self) -> int:
+        """Fewest honest survivors."""
+
+    @property
+    def corrupt_fraction(self) -> float:
+        """γ, of the roster."""
+
+    @property
+    def corrupt_devices(self) -> int:
+        """Fewest that c stands for."""
+
+    @property
+    def drop_fraction(self) -> float:
+        """δ, of the roster."""
+
+    @property
+    def threshold(self) -> Literal["majority", "group"]:
+        """See `threshold_of`."""
+
+
+def corrupted_of(config: Limits, roster_size: int) -> int:
     """Return c: how many members of the roster may be in league with the coordinator."""
     return max(
         1, config.corrupt_devices, math.ceil(round(config.corrupt_fraction * roster_size, 9))
     )
 
 
-def dropped_of(config: SumConfig, roster_size: int) -> int:
+def dropped_of(config: Limits, roster_size: int) -> int:
     """Return how many devices may vanish after the shares were dealt: ⌊δ·n⌋."""
     return math.floor(round(config.drop_fraction * roster_size, 9))
 
 
-def threshold_of(config: SumConfig, roster_size: int) -> int:
+def threshold_of(config: Limits, roster_size: int) -> int:
     """Return t: shares that rebuild a secret, of the ``roster_size`` - 1 that were dealt.
 
     ``majority``: ⌊(n - 1 + c)/2⌋ + 1, so that 2t > n - 1 + c: no lying coordinator gets both
-    secrets of an honest device. ``group``: at least ⌊0.9 n⌋ of so few, for groups of robust runs.
+    secrets of an honest device. ``group``: all but one and ⌊n/10⌋, for groups of robust runs, where
+    more than c of so few may be corrupted by chance; that is ⌊0.9 n⌋, and one less where n is a
+    multiple of ten, since such a roster could otherwise lose nobody.
     """
     dealt = roster_size - 1
     majority = (dealt + corrupted_of(config, roster_size)) // 2 + 1
     if config.threshold == "majority":
         return majority
-    return max(majority, math.floor(round(0.9 * roster_size, 9)))
+    return max(majority, dealt - roster_size // 10)
 
 
-def survivors_needed(config: SumConfig, roster_size: int) -> int:
+def survivors_needed(config: Limits, roster_size: int) -> int:
     """Return the fewest survivors of a roster with which a device helps to unmask."""
     return max(
         config.min_survivors,
@@ -167,7 +201,7 @@ def survivors_needed(config: SumConfig, roster_size: int) -> int:
     )
 
 
-def check_roster_size(config: SumConfig, roster_size: int) -> None:
+def check_roster_size(config: Limits, roster_size: int) -> None:
     """Raise PeerError unless a roster of this size can end in a sum, and safely."""
     if roster_size > config.max_roster:
         raise PeerError(f"{roster_size} devices are above the {config.max_roster} of this sum")

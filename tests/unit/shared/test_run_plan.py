@@ -6,7 +6,7 @@ from shared.errors import ConfigError
 from shared.run_plan import read_plan
 
 TASK = 'name = "fashion"\nuses = "image-classification"\n[options]\nmodel = "lenet-5"\n'
-PLAN = 'name = "first"\nrounds = 3\ntask = "tasks/fashion.toml"\n[cohort]\nsize = 2\n'
+PLAN = 'name = "first"\nrounds = 3\ntask = "tasks/fashion.toml"\n'
 
 
 def write(folder: Path, plan: str) -> Path:
