@@ -93,7 +93,7 @@ def members_for(
             rng=rng or random.Random(),  # noqa: S311  # jitter, no secret
             stop=stop or threading.Event(),
         )
-        kept = _renew(home, enrolment, sealed)
+        kept = _renew(home, enrolment, sealed, version)
     if kept.content.version < version:
         raise PeerError(
             f"the sum names membership list {version} and the coordinator serves "
@@ -102,13 +102,13 @@ def members_for(
     return kept.members
 
 
-def _renew(home: Path, enrolment: Enrolment, sealed: bytes) -> _Opened:
+def _renew(home: Path, enrolment: Enrolment, sealed: bytes, version: int) -> _Opened:
     """Keep a downloaded list if it follows the one that is here; return the one that counts."""
     new = open_list(sealed, enrolment.fleet_keys, fleet=enrolment.fleet)
     with _only_writer(home):
-        kept = _kept(home, enrolment)  # another process may have been quicker
-        if kept is not None and kept.content == new:
-            return kept
+        kept = _kept(home, enrolment)
+        if kept is not None and (kept.content.version >= version or kept.content == new):
+            return kept  # another process was quicker, or there is nothing newer
         if kept is not None:
             check_successor(kept.content, new)
         write_private(home / LIST_FILE, sealed)
