@@ -152,6 +152,18 @@ def decode(content: bytes, kind: type[T]) -> T:
         raise PeerError(f"not a {kind.__name__} of a secure sum: {error}") from error
 
 
+def encode_revealed(revealed: Revealed, *, roster_size: int) -> bytes:
+    """Serialise to a length that depends on the size of the roster alone, before it is sealed."""
+    content = encode(revealed)
+    return len(content).to_bytes(4, "big") + content.ljust(8 + 37 * roster_size, b"\0")
+
+
+def decode_revealed(content: bytes) -> Revealed:
+    """Read what `encode_revealed` wrote; raise PeerError where it is no such message."""
+    length = int.from_bytes(content[:4], "big")
+    return decode(content[4 : 4 + length], Revealed)
+
+
 def signed_bytes(
     *,
     session: bytes,

@@ -11,6 +11,7 @@ Follows A. Shamir, "How to Share a Secret", Communications of the ACM 22(11), 19
 import math
 from collections.abc import Callable, Sequence
 from operator import mul
+from typing import Self
 
 from shared.errors import PeerError
 
@@ -56,6 +57,16 @@ class Interpolation:
         _check_places(places)
         self.places = tuple(places)
         self._coefficients = _lagrange_at_zero(self.places)
+
+    def without(self, place: int) -> Self:
+        """Return the interpolation at all these places but one, at the cost of one inversion."""
+        fewer = object.__new__(type(self))
+        inverse = pow(place, -1, PRIME)
+        pairs = zip(self.places, self._coefficients, strict=True)
+        kept = [(x, coefficient) for x, coefficient in pairs if x != place]
+        fewer.places = tuple(x for x, _ in kept)
+        fewer._coefficients = [c * (place - x) * inverse % PRIME for x, c in kept]
+        return fewer
 
     def rebuild(self, shares: Sequence[bytes]) -> bytes:
         """Return the secret, 31 bytes, from one share per place, in the order of the places.
