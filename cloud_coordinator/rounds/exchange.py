@@ -7,6 +7,7 @@ Only Flower's public Message API is used, so this works over any `Grid`: our `Ru
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,10 +17,13 @@ from flwr.serverapp import Grid
 from shared.errors import PeerError
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
+from shared.secure_sum.masking import Lanes
+from shared.secure_sum.messages import SignedAnswer, Stage, decode
 
 _CAUSE_LENGTH = 300
 _NODE_UNAVAILABLE = 5  # Flower's error code for a node that missed its heartbeats
 _BEFORE_HEADER = 10  # bytes of magic, version and length
+_LANE_TYPES = {"<u2": np.uint16, "<u4": np.uint32}
 _VECTOR_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00([\s\S]{2})"
     rb"\{'descr': '([ -&(-~]{1,16})', 'fortran_order': False, 'shape': \(([0-9, ]{0,64})\), \} *\n"
@@ -34,6 +38,8 @@ _ERROR_WORDS = {  # what Flower's codes mean, for errors that come without a rea
     8: "its ClientApp ended abruptly",
 }
 
+Records = dict[str, ArrayRecord | ConfigRecord]
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -42,8 +48,20 @@ class Reply:
     message_id: str  # of the question
     failure: str = ""  # in words; empty for an answer
     gone: bool = False  # of a failure: the device is away
-    parameters: Vector | None = None  # shape (d,)
+    parameters: Vector | None = None  # shape (d,); of plain rounds
     statistics: Mapping[str, float] = field(default_factory=dict)
+    answer: SignedAnswer | None = None  # of a secure sum; only its form is checked
+    lanes: Lanes | None = field(default=None, repr=False)  # read-only
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what counts: vectors and answers."""
+        size = 0 if self.parameters is None else self.parameters.nbytes
+        if self.answer is not None:
+            size += len(self.answer.body)
+        if self.lanes is not None:
+            size += self.lanes.main.nbytes + self.lanes.exact.nbytes
+        return size
 
 
 class Exchange:
@@ -66,30 +84,71 @@ class Exchange:
         seed: int,
         min_examples: int,
         ttl_s: float,
+        configs: Mapping[int, bytes] = {},
     ) -> dict[int, str]:
         """Ask nodes to train from ``parameters``, shape (d,).
+
+        Args:
+            parameters: what to start from.
+            plan: how to train.
+            node_ids: whom to ask.
+            round_number: for their records.
+            seed: of the round.
+            min_examples: a device with fewer refuses.
+            ttl_s: how long the message lives.
+            configs: by node: the sealed configuration of the secure sum that its update goes into;
+                a node without one replies with the update itself.
 
         Returns:
             The id of each node's message, which its reply names; nodes whose message was refused
             are missing.
         """
-        config = ConfigRecord(
+        record = ConfigRecord(
             {
-                "json": msgspec.json.encode(plan).decode(),
+                "json": encode_plan(plan).decode(),
                 "round": round_number,
                 "seed": seed,
                 "min_examples": min_examples,
             }
         )
-        content = RecordDict({"parameters": ArrayRecord([parameters]), "plan": config})
-        return self._push(MessageType.TRAIN, content, node_ids, round_number, ttl_s)
+        base: Records = {"parameters": ArrayRecord([parameters]), "plan": record}
+        contents = _with_configs(base, node_ids, configs)
+        return self._push(MessageType.TRAIN, contents, round_number, ttl_s)
 
     def ask_to_evaluate(
-        self, parameters: Vector, node_ids: Sequence[int], *, round_number: int, ttl_s: float
+        self,
+        parameters: Vector,
+        node_ids: Sequence[int],
+        *,
+        round_number: int,
+        ttl_s: float,
+        configs: Mapping[int, bytes] = {},
     ) -> dict[int, str]:
-        """Ask nodes to measure ``parameters`` on their held-out rows; returns as `ask_to_train`."""
-        content = RecordDict({"parameters": ArrayRecord([parameters])})
-        return self._push(MessageType.EVALUATE, content, node_ids, round_number, ttl_s)
+        """Ask nodes to measure ``parameters`` on their held-out rows; as `ask_to_train`."""
+        contents = _with_configs({"parameters": ArrayRecord([parameters])}, node_ids, configs)
+        return self._push(MessageType.EVALUATE, contents, round_number, ttl_s)
+
+    def ask_stage(
+        self,
+        stage: Stage,
+        questions: Mapping[int, tuple[bytes, bytes]],
+        *,
+        round_number: int,
+        ttl_s: float,
+    ) -> dict[int, str]:
+        """Ask nodes one question of a secure sum; returns as `ask_to_train`.
+
+        Args:
+            stage: which.
+            questions: by node: its session, and the question.
+            round_number: groups the messages.
+            ttl_s: how long they live.
+        """
+        contents = {
+            node_id: RecordDict({"sum": ConfigRecord({"session": session, "question": question})})
+            for node_id, (session, question) in questions.items()
+        }
+        return self._push(f"{MessageType.QUERY}.{stage}", contents, round_number, ttl_s)
 
     def replies(self, message_ids: Iterable[str]) -> Iterator[Reply]:
         """Pull what is there, one reply at a time, each only when the caller is done with the last.
@@ -101,17 +160,13 @@ class Exchange:
                 yield _read(message)
 
     def _push(
-        self,
-        kind: str,
-        content: RecordDict,
-        node_ids: Sequence[int],
-        round_number: int,
-        ttl_s: float,
+        self, kind: str, contents: Mapping[int, RecordDict], round_number: int, ttl_s: float
     ) -> dict[int, str]:
-        # One content for all: its arrays are uploaded and stored once.
+        # Equal records are uploaded and stored once, whatever messages they are part of.
+        node_ids = list(contents)
         messages = [
             Message(content, node_id, kind, ttl=ttl_s, group_id=str(round_number))
-            for node_id in node_ids
+            for node_id, content in contents.items()
         ]
         ids = list(self._grid.push_messages(messages))
         if len(ids) == len(messages):
@@ -132,6 +187,8 @@ def _read(message: Message) -> Reply:
         code = message.error.code
         return Reply(message_id, failure=_in_words(message.error), gone=code == _NODE_UNAVAILABLE)
     try:
+        if (record := message.content.config_records.get("sum")) is not None:
+            return Reply(message_id, answer=_answer_in(record), lanes=_lanes_in(message.content))
         return Reply(
             message_id,
             parameters=_parameters_in(message.content),
@@ -149,29 +206,71 @@ def _in_words(error: Error) -> str:
     return lines[-1].strip()[:_CAUSE_LENGTH]
 
 
+def encode_plan(plan: TrainingPlan) -> bytes:
+    """Return the JSON that travels; a device's question digest is over these bytes."""
+    return msgspec.json.encode(plan)
+
+
+def _with_configs(
+    base: Records,
+    node_ids: Sequence[int],
+    configs: Mapping[int, bytes],
+) -> dict[int, RecordDict]:
+    """Return each node's content: one object for all that are told the same."""
+    contents: dict[bytes | None, RecordDict] = {}
+    for config in {configs.get(node_id): None for node_id in node_ids}:
+        sums = {} if config is None else {"sum": ConfigRecord({"config": config})}
+        contents[config] = RecordDict({**base, **sums})
+    return {node_id: contents[configs.get(node_id)] for node_id in node_ids}
+
+
+def _answer_in(record: ConfigRecord) -> SignedAnswer:
+    answer = record.get("answer")
+    if not isinstance(answer, bytes):
+        raise PeerError("the reply holds no answer to a secure sum")
+    return decode(answer, SignedAnswer)
+
+
+def _lanes_in(content: RecordDict) -> Lanes | None:
+    main, exact = _only_array(content, "lanes"), _only_array(content, "exact")
+    if main is None and exact is None:
+        return None
+    if main is None or exact is None:
+        raise PeerError("the reply holds only one of the two arrays of a masked vector")
+    return Lanes(main=_array_of(main, _LANE_TYPES), exact=_array_of(exact, {"<u8": np.uint64}))
+
+
 def _parameters_in(content: RecordDict) -> Vector | None:
-    record = content.array_records.get("parameters")
+    array = _only_array(content, "parameters")
+    return None if array is None else _array_of(array, {"<f4": np.float32})
+
+
+def _only_array(content: RecordDict, name: str) -> Array | None:
+    record = content.array_records.get(name)
     if record is None:
         return None
     arrays = list(record.values())
     if len(arrays) != 1:
         raise PeerError(f"the reply holds {len(arrays)} arrays in place of one vector")
-    return _vector_of(arrays[0])
+    return arrays[0]
 
 
-def _vector_of(array: Array) -> Vector:
-    """Read the array without a copy, and without allocating what its header merely claims.
+def _array_of(array: Array, types: Mapping[str, Any]) -> Any:
+    """Read a vector without a copy, and without allocating what its header merely claims.
 
     numpy's own reader evaluates the header as Python, which takes down whoever reads a hostile one.
     """
     header = _VECTOR_HEADER.match(array.data)
     if header is None or header.end() != _BEFORE_HEADER + int.from_bytes(header[1], "little"):
         raise PeerError("the reply's vector is not in numpy's format 1.0")
-    dtype, shape = header[2].decode("ascii"), header[3].decode("ascii")
-    size = (len(array.data) - header.end()) // 4
-    if dtype != "<f4" or shape != f"{size},":
-        raise PeerError(f"the reply holds {dtype} of shape ({shape}) in place of a float32 vector")
-    return np.frombuffer(array.data, dtype=np.float32, offset=header.end(), count=size)
+    name, shape = header[2].decode("ascii"), header[3].decode("ascii")
+    wanted = types.get(name)
+    width = np.dtype(wanted).itemsize if wanted else 1
+    size, rest = divmod(len(array.data) - header.end(), width)
+    if wanted is None or shape != f"{size}," or rest:
+        names = " or ".join(np.dtype(each).name for each in types.values())
+        raise PeerError(f"the reply holds {name} of shape ({shape}) in place of a {names} vector")
+    return np.frombuffer(array.data, dtype=wanted, offset=header.end(), count=size)
 
 
 def _statistics_in(content: RecordDict) -> dict[str, float]:

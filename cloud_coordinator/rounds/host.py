@@ -6,10 +6,14 @@ without a coordinator, as in Flower's simulation engine (`local_host`).
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Protocol
 
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.rounds.worker_messages import (
+    AskDevices,
+    ConfigsSigned,
+    DeviceAnswered,
     DeviceJoined,
     DeviceLeft,
     NudgeDevices,
@@ -21,16 +25,22 @@ from cloud_coordinator.rounds.worker_messages import (
     RoundStarted,
     RunFailed,
     RunFinished,
+    SignConfigs,
     StopRun,
     WaitingForDevices,
 )
+from shared.membership import Member
 from shared.run_plan import RunPlan
 
-HostEvent = DeviceJoined | DeviceLeft | ReplyWaits | RoundSaved | StopRun
+HostEvent = (
+    DeviceJoined | DeviceLeft | ReplyWaits | ConfigsSigned | DeviceAnswered | RoundSaved | StopRun
+)
 Report = (
     WaitingForDevices
     | RoundStarted
     | NudgeDevices
+    | SignConfigs
+    | AskDevices
     | RoundProgress
     | RoundClosed
     | RunFinished
@@ -40,6 +50,16 @@ Report = (
 
 class RunHost(Protocol):
     """One life of one run, as seen by its rounds."""
+
+    @property
+    def run_id(self) -> str:
+        """The run's name, the same in all its lives."""
+        ...
+
+    @property
+    def fleet(self) -> str:
+        """Whose devices take part."""
+        ...
 
     @property
     def plan(self) -> RunPlan:
@@ -67,6 +87,21 @@ class RunHost(Protocol):
         ...
 
     @property
+    def scratch(self) -> Path | None:
+        """Folder for sums that are not finished, of this run alone; None: a crash loses them."""
+        ...
+
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """Who may be in a secure sum, as far as it is known before anybody joins."""
+        ...
+
+    @property
+    def membership_version(self) -> int:
+        """Of the list that `members` are from; 0 where there are none."""
+        ...
+
+    @property
     def announces(self) -> bool:
         """Whether `wait` tells who joins, leaves and has replied.
 
@@ -79,7 +114,11 @@ class RunHost(Protocol):
         ...
 
     def report(self, message: Report) -> None:
-        """Say how it goes. `RoundClosed` is answered by the event `RoundSaved`."""
+        """Say how it goes, or ask for something.
+
+        `RoundClosed` is answered by the event `RoundSaved`, `SignConfigs` by `ConfigsSigned`.
+        Where nothing is announced, `AskDevices` is not understood.
+        """
         ...
 
     def seconds(self) -> float:

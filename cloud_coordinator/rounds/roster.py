@@ -1,23 +1,28 @@
 """Who may be asked: the devices that are joined, less those still busy with a closed round."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cloud_coordinator.rounds.collection import Leftover
 from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.host import HostEvent, RunHost
 from cloud_coordinator.rounds.worker_messages import (
+    ConfigsSigned,
+    DeviceAnswered,
     DeviceJoined,
     DeviceLeft,
     ReplyWaits,
     RoundSaved,
+    SignConfigs,
     StopRun,
 )
 from shared.errors import StoppedError, UnavailableError
+from shared.membership import Member
+from shared.signing import VerifyingKey
 
 logger = logging.getLogger(__name__)
 
-_SAVE_DEADLINE_S = 60.0
+_ANSWER_DEADLINE_S = 60.0
 
 
 class Roster:
@@ -32,12 +37,24 @@ class Roster:
         self._exchange = exchange
         self._nodes: dict[str, int] = {}  # by device id
         self._last_joined_s = host.seconds()
+        self._members = dict(host.members)
+        self._membership_version = host.membership_version
         self._leftovers: dict[str, Leftover] = {}  # by message id
 
     @property
     def nodes(self) -> Mapping[str, int]:
         """Flower's handle of each joined device."""
         return self._nodes
+
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """Those of the membership list that were announced, by device id."""
+        return self._members
+
+    @property
+    def membership_version(self) -> int:
+        """Return the newest version of the membership list that names all `members`."""
+        return self._membership_version
 
     @property
     def quiet_s(self) -> float:
@@ -69,6 +86,7 @@ class Roster:
         for event in events:
             match event:
                 case DeviceJoined(device_id, node_id):
+                    self._note_member(event)
                     self._join(device_id, node_id)
                 case DeviceLeft(device_id, _):
                     self._nodes.pop(device_id, None)
@@ -77,7 +95,7 @@ class Roster:
                         self._drop_replies([message_id])
                 case StopRun(cause):
                     raise StoppedError(cause)
-                case RoundSaved():
+                case RoundSaved() | ConfigsSigned() | DeviceAnswered():
                     pass
         return events
 
@@ -87,14 +105,22 @@ class Roster:
         Raises:
             UnavailableError: it did not come in time.
         """
-        deadline_s = self._host.seconds() + _SAVE_DEADLINE_S
-        while (left_s := deadline_s - self._host.seconds()) > 0:
-            if RoundSaved(round_number) in self.wait(left_s):
-                return
-        raise UnavailableError(
-            f"the coordinator did not save round {round_number} within {_SAVE_DEADLINE_S:.0f} s; "
-            "look into its log"
+        self._wait_for(
+            lambda event: event == RoundSaved(round_number), what=f"save round {round_number}"
         )
+
+    def signed(self, payloads: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Have configurations of secure sums sealed, and return them.
+
+        Raises:
+            UnavailableError: they did not come back in time.
+        """
+        self._host.report(SignConfigs(tuple(payloads)))
+        event = self._wait_for(
+            lambda event: isinstance(event, ConfigsSigned), what="sign what a sum is about"
+        )
+        assert isinstance(event, ConfigsSigned)
+        return event.sealed
 
     def leave_behind(self, leftovers: Mapping[str, Leftover], *, replied: Iterable[str]) -> None:
         """Remember the unanswered messages of a closed round.
@@ -105,6 +131,22 @@ class Roster:
         """
         self._leftovers.update(leftovers)
         self._drop_replies([m for m in replied if m in self._leftovers])
+
+    def _wait_for(self, is_it: Callable[[HostEvent], bool], *, what: str) -> HostEvent:
+        deadline_s = self._host.seconds() + _ANSWER_DEADLINE_S
+        while (left_s := deadline_s - self._host.seconds()) > 0:
+            if found := next(filter(is_it, self.wait(left_s)), None):
+                return found
+        raise UnavailableError(
+            f"the coordinator did not {what} within {_ANSWER_DEADLINE_S:.0f} s; look into its log"
+        )
+
+    def _note_member(self, joined: DeviceJoined) -> None:
+        if joined.identity_key:
+            key = VerifyingKey.from_text(joined.identity_key)
+            self._members[joined.device_id] = Member(joined.device_id, key, self._host.now())
+            version = max(self._membership_version, joined.membership_version)
+            self._membership_version = version
 
     def _join(self, device_id: str, node_id: int) -> None:
         if self._nodes.get(device_id) != node_id:

@@ -36,6 +36,7 @@ from cloud_coordinator.rounds.worker_messages import (
 from shared.child import ParentLink, die_with_parent
 from shared.errors import PeerError, ShoalError, UnavailableError
 from shared.logs import configure_logging
+from shared.membership import Member
 from shared.messages import utc_now
 from shared.run_plan import RunPlan
 
@@ -53,7 +54,20 @@ class PipeHost:
         self._link = link
         self._start = start
         self.blobs = BlobStore(Path(start.blobs))
+        self.scratch = Path(start.scratch) if start.scratch else None
+        self.members: Mapping[str, Member] = {}  # they are told as they join
+        self.membership_version = 0
         self.failed = False  # the run is over, and not well
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return self._start.run_id
+
+    @property
+    def fleet(self) -> str:
+        """Whose devices take part."""
+        return self._start.fleet
 
     @property
     def plan(self) -> RunPlan:

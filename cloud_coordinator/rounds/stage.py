@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from typing import Literal
 
-from cloud_coordinator.rounds.collection import Collection
+from cloud_coordinator.rounds.collection import Collection, SideBySide
 from cloud_coordinator.rounds.exchange import Exchange, Reply
 from cloud_coordinator.rounds.host import HostEvent, RunHost
 from cloud_coordinator.rounds.roster import Roster
@@ -13,6 +12,7 @@ from cloud_coordinator.rounds.worker_messages import (
     NudgeDevices,
     ReplyWaits,
     RoundProgress,
+    StageName,
 )
 from shared.errors import PeerError
 
@@ -26,7 +26,7 @@ Fold = Callable[[Reply], int]  # returns the number of examples, or raises PeerE
 
 
 class Stage:
-    """The shell around one `Collection`."""
+    """The shell around one `Collection`, or several side by side."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Stage:
         exchange: Exchange,
         *,
         round_number: int,
-        name: Literal["train", "evaluate"],
+        name: StageName,
     ) -> None:
         self._host = host
         self._roster = roster
@@ -45,7 +45,7 @@ class Stage:
         self._poll_s = SAFETY_POLL_S if host.announces else _SHORTEST_POLL_S
         self._unheard: list[str] = []  # announced after enough had replied
 
-    def run(self, collection: Collection, fold: Fold) -> None:
+    def run(self, collection: Collection | SideBySide, fold: Fold) -> None:
         """Return when ``collection`` is over; ``fold`` got every answer once.
 
         Raises:
@@ -66,19 +66,22 @@ class Stage:
                 next_poll_s = host.seconds() + self._poll_s
         self._roster.leave_behind(collection.leftovers(host.seconds()), replied=self._unheard)
 
-    def _hear(self, event: HostEvent, collection: Collection, fold: Fold) -> None:
+    def _hear(self, event: HostEvent, collection: Collection | SideBySide, fold: Fold) -> None:
         match event:
             case ReplyWaits(message_id):
-                if collection.is_over(self._host.seconds()):
-                    self._unheard.append(message_id)
-                elif message_id in collection.pending:
+                over = collection.is_over(self._host.seconds())
+                if message_id in collection.pending and not over:
                     self._pull([message_id], collection, fold)
+                else:
+                    self._unheard.append(message_id)
             case DeviceLeft(device_id, cause):
                 collection.leave(device_id, cause)
             case _:
                 pass  # the roster has heard it
 
-    def _pull(self, message_ids: list[str], collection: Collection, fold: Fold) -> bool:
+    def _pull(
+        self, message_ids: list[str], collection: Collection | SideBySide, fold: Fold
+    ) -> bool:
         """Pull what is there of ``message_ids``; stop as soon as the collection is over."""
         found = False
         for reply in self._exchange.replies(message_ids):
@@ -89,9 +92,9 @@ class Stage:
                 break
         return found
 
-    def _take(self, reply: Reply, collection: Collection, fold: Fold) -> None:
+    def _take(self, reply: Reply, collection: Collection | SideBySide, fold: Fold) -> None:
         device = collection.pending[reply.message_id]
-        uploaded = 0 if reply.parameters is None else reply.parameters.nbytes
+        uploaded = reply.nbytes
         if reply.failure:
             collection.fail(reply.message_id, reply.failure, gone=reply.gone)
         else:

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from shared.run_plan import RunPlan
+from shared.secure_sum.messages import Stage
 
 
 class ResumePoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,11 +27,13 @@ class StartRun(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
     run_id: str
     session_id: str
+    fleet: str = ""
     plan: RunPlan
     resume: ResumePoint | None  # None: initialise from the plan's seed, and close round 0 first
     next_round: int  # number of the round to start with; abandoned rounds keep theirs
     times_selected: dict[str, int] = {}  # by device id: rounds of this run that asked it so far
     blobs: str  # folder of content-addressed files
+    scratch: str = ""  # folder of this run alone, for sums that are not finished
     superlink_address: str  # host:port of the private listener
     superlink_ca_pem: str
     superlink_secrets_path: str  # file, mode 0600, see flower/superlink.py
@@ -41,6 +44,8 @@ class DeviceJoined(msgspec.Struct, frozen=True, tag="device-joined"):
 
     device_id: str
     node_id: int
+    identity_key: str = ""  # base64, from the membership list; empty: it is in no secure sum
+    membership_version: int = 0  # of that list
 
 
 class DeviceLeft(msgspec.Struct, frozen=True, tag="device-left"):
@@ -56,6 +61,19 @@ class ReplyWaits(msgspec.Struct, frozen=True, tag="reply-waits"):
     message_id: str
 
 
+class ConfigsSigned(msgspec.Struct, frozen=True, tag="configs-signed"):
+    """The answer to `SignConfigs`."""
+
+    sealed: tuple[bytes, ...]  # in the order of the question
+
+
+class DeviceAnswered(msgspec.Struct, frozen=True, tag="device-answered"):
+    """A device's answer at one stage of a secure sum."""
+
+    device_id: str
+    answer: bytes  # an encoded `SignedAnswer`; nothing in it is checked yet
+
+
 class RoundSaved(msgspec.Struct, frozen=True, tag="round-saved"):
     """The round's record is durable."""
 
@@ -68,7 +86,16 @@ class StopRun(msgspec.Struct, frozen=True, tag="stop"):
     cause: str
 
 
-ToWorker = StartRun | DeviceJoined | DeviceLeft | ReplyWaits | RoundSaved | StopRun
+ToWorker = (
+    StartRun
+    | DeviceJoined
+    | DeviceLeft
+    | ReplyWaits
+    | ConfigsSigned
+    | DeviceAnswered
+    | RoundSaved
+    | StopRun
+)
 
 Outcome = Literal["replied", "failed", "late", "dropped", "not-needed"]
 
@@ -79,10 +106,36 @@ class Participation(msgspec.Struct, frozen=True, kw_only=True):
     device_id: str
     outcome: Outcome
     cause: str = ""
-    num_examples: int = 0
+    num_examples: int = 0  # 0 in secure rounds: nobody but the device knows
     seconds: float | None = None  # from push to fold, by the worker's clock
     bytes_down: int = 0
     bytes_up: int = 0
+
+
+class GroupSecrecy(msgspec.Struct, frozen=True, kw_only=True):
+    """One sum of a round: of how many devices, and how many of them it takes to break it."""
+
+    group: int
+    roster: int  # devices that dealt keys to each other
+    survivors: int  # whose vectors are in the sum; 0: there is no sum
+    corrupted: int = 0  # c: so many in league with the coordinator learn nothing
+    threshold: int = 0  # t: shares that rebuild a secret
+    cause: str = ""  # why there is no sum, or why it was left out
+
+
+class Secrecy(msgspec.Struct, frozen=True, kw_only=True):
+    """How the devices' updates of a round stayed secret, for people who ask."""
+
+    groups: tuple[GroupSecrecy, ...]
+    noise: Literal["none", "distributed", "central"] = "none"  # central: only promised, by us
+    noise_multiplier: float | None = None
+    epsilon: float | None = None  # of this round's sums alone; None: exact, no bound
+    delta: float | None = None
+    clip_norm: float | None = None
+    lane_bits: int = 0
+    bytes_up: int = 0  # by the device that sent most
+    blamed: dict[str, str] = {}  # devices that broke the protocol, and how
+    stage_seconds: dict[str, float] = {}
 
 
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +151,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     training_sums: dict[str, float] = {}  # the devices' training statistics, added
     parameters_sha256: str | None = None  # of the blob; None when abandoned
     optimizer_sha256: str | None = None
+    secrecy: Secrecy | None = None  # None: the coordinator saw each device's update
 
 
 class WorkerReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -126,13 +180,33 @@ class NudgeDevices(msgspec.Struct, frozen=True, tag="nudge"):
     device_ids: tuple[str, ...]
 
 
+class SignConfigs(msgspec.Struct, frozen=True, tag="sign-configs"):
+    """Seal these configurations of secure sums with the command key. Answered, in order."""
+
+    payloads: tuple[bytes, ...]
+
+
+class AskDevices(msgspec.Struct, frozen=True, kw_only=True, tag="ask-devices"):
+    """Carry one question of a secure sum to some devices; asked again while it is unanswered."""
+
+    device_ids: tuple[str, ...]
+    session: bytes
+    stage: Stage
+    question: bytes
+    deadline_at: datetime
+
+
+StageName = Literal["train", "evaluate", "share", "mask", "consent", "reveal"]
+
+
 class RoundProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     """For people who watch."""
 
     round_number: int
-    stage: Literal["train", "evaluate"]
+    stage: StageName
     replied: int
     cohort: int
+    until: datetime | None = None  # None: as was said before
 
 
 class RoundClosed(msgspec.Struct, frozen=True, tag="round-closed"):
@@ -160,6 +234,8 @@ FromWorker = (
     | WaitingForDevices
     | RoundStarted
     | NudgeDevices
+    | SignConfigs
+    | AskDevices
     | RoundProgress
     | RoundClosed
     | RunFinished

@@ -38,7 +38,9 @@ from cloud_coordinator.rounds.worker_messages import (
     RunFinished,
     StopRun,
 )
+from shared.membership import Member
 from shared.parameters import Vector
+from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from shared.tasks.spec import TaskSpec
 
@@ -65,6 +67,7 @@ def plan_of(*, rounds: int = 2, evaluate: bool = False, seed: int = 7, **cohort:
         evaluate=evaluate,
         seed=seed,
         training=TrainingPlan(),
+        privacy=PrivacyPlan(mode="plain"),
         cohort=CohortPlan(**cohort),
     )
 
@@ -260,7 +263,11 @@ class SimulatedHost:
         announces: bool = True,
         times_selected: Mapping[str, int] | None = None,
     ) -> None:
-        self.fleet = fleet
+        self.world = fleet
+        self.run_id, self.fleet = "run", "plant"
+        self.scratch: Path | None = None
+        self.members: Mapping[str, Member] = {}
+        self.membership_version = 0
         self.plan = plan
         self.blobs = BlobStore(folder)
         self.resume = resume
@@ -273,10 +280,10 @@ class SimulatedHost:
 
     def wait(self, timeout_s: float) -> Sequence[HostEvent]:
         if not self.announces:
-            for name in self.fleet.devices:
-                self.fleet.nudge(name)
-        self.fleet.advance(timeout_s)
-        events, self.fleet.events = self.fleet.events, []
+            for name in self.world.devices:
+                self.world.nudge(name)
+        self.world.advance(timeout_s)
+        events, self.world.events = self.world.events, []
         told = RoundSaved | StopRun
         return events if self.announces else [e for e in events if isinstance(e, told)]
 
@@ -285,18 +292,18 @@ class SimulatedHost:
         match message:
             case NudgeDevices(names):
                 for name in names if self.announces else ():
-                    self.fleet.nudge(name)
+                    self.world.nudge(name)
             case RoundClosed(record) if self.saves:
-                self.fleet.events.append(RoundSaved(record.round_number))
+                self.world.events.append(RoundSaved(record.round_number))
             case _:
                 pass
         self.on_report(message)
 
     def seconds(self) -> float:
-        return self.fleet.now_s
+        return self.world.now_s
 
     def now(self) -> datetime:
-        return EPOCH + timedelta(seconds=self.fleet.now_s)
+        return EPOCH + timedelta(seconds=self.world.now_s)
 
     @property
     def records(self) -> list[RoundRecord]:
@@ -310,7 +317,7 @@ class SimulatedHost:
     def perform(self) -> None:
         """Run to the end."""
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        build_server_app(self)(self.fleet, context)
+        build_server_app(self)(self.world, context)
 
     def parameters(self, round_number: int = -1) -> Vector:
         """Return what the round (the last by default) committed."""

@@ -56,7 +56,7 @@ def test_a_run_commits_the_initial_model_and_every_round_then_finishes(tmp_path:
         (number, "committed") for number in range(4)
     ]
     assert host.outcome == RunFinished()
-    assert host.fleet.pulled_again == []
+    assert fleet.pulled_again == []
 
 
 def test_a_round_commits_the_mean_of_the_updates_weighted_by_examples(tmp_path: Path) -> None:
