@@ -45,6 +45,7 @@ from shared.messages import (
     Notice,
     Nudge,
     Reported,
+    SumQuestion,
     Telemetry,
     as_text,
     utc_now,
@@ -153,6 +154,8 @@ class Agent:
                 self._participation.invite(invitation, message_id=envelope.id)
             case Nudge() as nudge:
                 self._participation.nudge(nudge)
+            case SumQuestion() as question:
+                self._participation.ask(question, message_id=envelope.id)
             case DismissFromRun() as dismissal:
                 self._participation.dismiss(dismissal)
             case Notice(kind="stop-training"):

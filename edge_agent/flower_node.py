@@ -159,12 +159,16 @@ class FlowerNode:
             if message_id is not None:
                 yield message_id
 
-    def leave(self) -> None:
-        """Deactivate, if the SuperLink is there to be told, and close all connections."""
+    def leave(self, *, tell: bool = True) -> None:
+        """Close all connections; before, deactivate if the SuperLink is there to be told.
+
+        Args:
+            tell: False where that SuperLink's life is over anyway.
+        """
         self._stop.set()
         if self._heart.is_alive():
             self._heart.join(_LEAVE_PATIENCE_S)
-        if self._node.node_id:
+        if self._node.node_id and tell:
             request = DeactivateNodeRequest(node_id=self._node.node_id)
             try:
                 self._call(self._client.DeactivateNode, request, patience_s=0)

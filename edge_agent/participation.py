@@ -2,8 +2,10 @@
 
 One job reads a mailbox, so everything that happens to the trainer (invited, nudged, dismissed,
 joined, replied, ended) happens one at a time; the decision itself is in eligibility.py.
-A device takes part in one run at once. After a restart of the daemon nothing is resumed: the
-coordinator misses the device and invites it again.
+A device takes part in one run at once. A run that goes on in a new session finds its trainer warm:
+secrets of a sum that is not finished live in that process alone, so it moves and does not end.
+After a restart of the daemon nothing is resumed: the coordinator misses the device and invites it
+again.
 """
 
 import asyncio
@@ -19,6 +21,9 @@ from edge_agent.eligibility import DataFacts, KnowsData, No, Yes, decide
 from edge_agent.trainer_messages import (
     FromTrainer,
     MessageWaits,
+    RejoinTraining,
+    StageAnswered,
+    StageQuestion,
     StartTraining,
     StopTraining,
     TrainerFailed,
@@ -36,6 +41,8 @@ from shared.messages import (
     LeftRun,
     Nudge,
     ReplyWaiting,
+    SumAnswer,
+    SumQuestion,
     UpBody,
     as_text,
 )
@@ -62,6 +69,12 @@ class _Invited:
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    question: SumQuestion
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Said:
     trainer: Child
     message: FromTrainer
@@ -79,7 +92,7 @@ class _Stop:
     done: asyncio.Event
 
 
-_Post = _Invited | Nudge | DismissFromRun | _Said | _Ended | _Stop
+_Post = _Invited | Nudge | _Asked | DismissFromRun | _Said | _Ended | _Stop
 
 
 @dataclass(slots=True)
@@ -143,6 +156,10 @@ class Participation:
         """A message waits at the SuperLink."""
         self._mailbox.put_nowait(nudge)
 
+    def ask(self, question: SumQuestion, *, message_id: str) -> None:
+        """Have the trainer answer a stage of a secure sum; without one nothing is said."""
+        self._mailbox.put_nowait(_Asked(question, message_id))
+
     def dismiss(self, dismissal: DismissFromRun) -> None:
         """The run is over for this device."""
         self._mailbox.put_nowait(dismissal)
@@ -180,6 +197,15 @@ class Participation:
         match post:
             case Nudge():
                 await part.trainer.send(MessageWaits())
+            case _Asked(question=asked, message_id=message_id):
+                await part.trainer.send(
+                    StageQuestion(
+                        message_id=message_id,
+                        session=asked.session,
+                        stage=asked.stage,
+                        question=asked.question,
+                    )
+                )
             case DismissFromRun(cause=cause):
                 await self._leave(cause)
             case _Said(message=message):
@@ -225,13 +251,11 @@ class Participation:
     async def _take_part(
         self, invitation: Invitation, decision: Yes, listeners: asyncio.TaskGroup
     ) -> None:
-        """Start a trainer, unless one works for this very session already."""
+        """Start a trainer, or move the one that is there to the run's new session."""
         if self._part is not None:
-            if self._part.session_id == invitation.session_id:
-                return
-            logger.info("run %s goes on in a new session", invitation.run_id)
-            await _end(self._part.trainer, "the run goes on in a new session")
-            self._part = None
+            if self._part.session_id != invitation.session_id:
+                await self._move(self._part, invitation)
+            return
         trainer = await Child.start(
             self._trainer,
             name="trainer",
@@ -254,6 +278,19 @@ class Participation:
             )
         )
 
+    async def _move(self, part: _Part, invitation: Invitation) -> None:
+        logger.info("run %s goes on in a new session", part.run_id)
+        part.session_id, part.joined = invitation.session_id, False
+        part.doing = "joining the run's new session"
+        await part.trainer.send(
+            RejoinTraining(
+                session_id=invitation.session_id,
+                superlink_address=invitation.superlink_address,
+                superlink_ca_pem=self._superlink_ca_pem,
+                lease_s=invitation.lease_s,
+            )
+        )
+
     async def _listen(self, trainer: Child) -> None:
         """Post all that ``trainer`` says, and its end, to the mailbox."""
         try:
@@ -267,6 +304,10 @@ class Participation:
 
     async def _hear(self, part: _Part, message: FromTrainer) -> None:
         match message:
+            case TrainerJoined(session_id=session_id) | TrainerReplied(session_id=session_id) if (
+                session_id != part.session_id
+            ):
+                logger.debug("too late: %s", message)
             case TrainerJoined():
                 part.joined, part.doing = True, "waiting for work"
                 logger.info("joined run %s", part.run_id)
@@ -277,6 +318,13 @@ class Participation:
                     ReplyWaiting(
                         run_id=part.run_id, session_id=part.session_id, message_id=message_id
                     )
+                )
+            case StageAnswered(message_id=question_id, stage=stage, answer=answer):
+                await self._send(
+                    SumAnswer(
+                        run_id=part.run_id, session_id=part.session_id, stage=stage, answer=answer
+                    ),
+                    reply_to=question_id,
                 )
             case TrainerProgress(doing=doing):
                 part.doing = doing
@@ -313,7 +361,11 @@ class Participation:
 def _is_about(post: _Post, part: _Part) -> bool:
     """Whether ``post`` is about this very trainer, and not one that came before it."""
     match post:
-        case Nudge(session_id=session_id) | DismissFromRun(session_id=session_id):
+        case (
+            Nudge(session_id=session_id)
+            | DismissFromRun(session_id=session_id)
+            | _Asked(question=SumQuestion(session_id=session_id))
+        ):
             return session_id == part.session_id
         case _Said(trainer=trainer) | _Ended(trainer=trainer):
             return trainer is part.trainer

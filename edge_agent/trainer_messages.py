@@ -2,6 +2,7 @@
 
 import msgspec
 
+from shared.messages import RelayedStage
 from shared.tasks.spec import TaskSpec
 
 
@@ -19,8 +20,26 @@ class StartTraining(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     lease_s: float
 
 
+class RejoinTraining(msgspec.Struct, frozen=True, kw_only=True, tag="rejoin"):
+    """The run goes on in a new session: forget the old SuperLink, join this one, stay warm."""
+
+    session_id: str
+    superlink_address: str
+    superlink_ca_pem: str
+    lease_s: float
+
+
 class MessageWaits(msgspec.Struct, frozen=True, tag="message-waits"):
     """The coordinator nudged: pull now."""
+
+
+class StageQuestion(msgspec.Struct, frozen=True, kw_only=True, tag="stage-question"):
+    """A small stage of a secure sum, asked over the control link."""
+
+    message_id: str  # of the question
+    session: bytes  # of the sum
+    stage: RelayedStage
+    question: bytes
 
 
 class StopTraining(msgspec.Struct, frozen=True, tag="stop"):
@@ -29,17 +48,28 @@ class StopTraining(msgspec.Struct, frozen=True, tag="stop"):
     cause: str
 
 
-ToTrainer = StartTraining | MessageWaits | StopTraining
+ToTrainer = StartTraining | RejoinTraining | MessageWaits | StageQuestion | StopTraining
 
 
 class TrainerJoined(msgspec.Struct, frozen=True, tag="joined"):
-    """Activated at the SuperLink."""
+    """Activated at the SuperLink of this session."""
+
+    session_id: str
 
 
 class TrainerReplied(msgspec.Struct, frozen=True, tag="replied"):
-    """A reply and all its objects are in the SuperLink."""
+    """A reply and all its objects are in the SuperLink of this session."""
 
     message_id: str
+    session_id: str
+
+
+class StageAnswered(msgspec.Struct, frozen=True, kw_only=True, tag="stage-answered"):
+    """The answer to a `StageQuestion`; there is none where the question makes no sense."""
+
+    message_id: str  # of the question
+    stage: RelayedStage
+    answer: bytes
 
 
 class TrainerProgress(msgspec.Struct, frozen=True, tag="progress"):
@@ -54,4 +84,4 @@ class TrainerFailed(msgspec.Struct, frozen=True, tag="failed"):
     cause: str
 
 
-FromTrainer = TrainerJoined | TrainerReplied | TrainerProgress | TrainerFailed
+FromTrainer = TrainerJoined | TrainerReplied | StageAnswered | TrainerProgress | TrainerFailed

@@ -16,6 +16,9 @@ from edge_agent.flower_node import CLIENT_APP
 from edge_agent.trainer_messages import (
     FromTrainer,
     MessageWaits,
+    RejoinTraining,
+    StageAnswered,
+    StageQuestion,
     StartTraining,
     StopTraining,
     TrainerFailed,
@@ -24,6 +27,7 @@ from edge_agent.trainer_messages import (
     TrainerReplied,
 )
 from shared.child import Child
+from shared.listening import free_port
 from tests.contract.flower.conftest import DEADLINE_S, LiveSuperLink
 from tests.contract.flower.flower_probe import TASK
 
@@ -98,14 +102,14 @@ async def test_it_joins_answers_when_nudged_and_leaves_when_told(
 ) -> None:
     node_id = superlink.register(key)
     trainer = await start()
-    assert await trainer.next() == TrainerJoined()
+    assert await trainer.next() == TrainerJoined("session-1")
     assert node_id in grid.get_node_ids()
     message_id = await ask(grid, node_id, "query.count")
 
     await trainer.child.send(MessageWaits())
 
     assert await trainer.next() == TrainerProgress("query.count, round 3")
-    assert await trainer.next() == TrainerReplied(message_id)
+    assert await trainer.next() == TrainerReplied(message_id, "session-1")
     (reply,) = await asyncio.to_thread(grid.pull_messages, [message_id])
     assert reply.content.config_records["n"]["n"] == 1
 
@@ -119,7 +123,7 @@ async def test_it_leaves_at_once_even_in_the_middle_of_training(
 ) -> None:
     node_id = superlink.register(key)
     trainer = await start()
-    assert await trainer.next() == TrainerJoined()
+    assert await trainer.next() == TrainerJoined("session-1")
     await ask(grid, node_id, "query.sleep")
     await trainer.child.send(MessageWaits())
     assert await trainer.next() == TrainerProgress("query.sleep, round 3")
@@ -135,7 +139,7 @@ async def test_it_ends_when_its_lease_is_over(
 ) -> None:
     superlink.register(key)
     trainer = await start(lease_s=0.2)
-    assert await trainer.next() == TrainerJoined()
+    assert await trainer.next() == TrainerJoined("session-1")
     assert await trainer.end() == 0
 
 
@@ -144,11 +148,81 @@ async def test_it_ends_in_order_with_its_daemon(
 ) -> None:
     superlink.register(key)
     trainer = await start()
-    assert await trainer.next() == TrainerJoined()
+    assert await trainer.next() == TrainerJoined("session-1")
 
     await trainer.child.stop(timeout_s=DEADLINE_S)
 
     assert trainer.child.returncode == 0
+
+
+async def test_it_answers_stages_of_sums_in_the_middle_of_training(
+    superlink: LiveSuperLink, key: EllipticCurvePrivateKey, grid: RunGrid, start: Start
+) -> None:
+    node_id = superlink.register(key)
+    trainer = await start()
+    assert await trainer.next() == TrainerJoined("session-1")
+    await ask(grid, node_id, "query.sleep")
+    await trainer.child.send(MessageWaits())
+    assert await trainer.next() == TrainerProgress("query.sleep, round 3")
+
+    for session, content in ((bytes(32), b"of no sum"), (b"s" * 32, b"of a sum")):
+        await trainer.child.send(
+            StageQuestion(message_id="m", session=session, stage="share", question=content)
+        )
+
+    assert await trainer.next() == StageAnswered(
+        message_id="m", stage="share", answer=b"of a sum"[::-1]
+    )
+
+
+async def test_a_run_s_new_session_is_joined_in_the_same_process_once_there_is_one(
+    superlink: LiveSuperLink, key: EllipticCurvePrivateKey, grid: RunGrid, start: Start
+) -> None:
+    node_id = superlink.register(key)
+    trainer = await start()
+    assert await trainer.next() == TrainerJoined("session-1")
+    nowhere = f"127.0.0.1:{free_port()}"
+
+    await trainer.child.send(moved(superlink, "session-2", address=nowhere))
+    await trainer.child.send(
+        StageQuestion(message_id="m", session=b"s" * 32, stage="reveal", question=b"who")
+    )
+    assert await trainer.next() == StageAnswered(message_id="m", stage="reveal", answer=b"ohw")
+    await trainer.child.send(moved(superlink, "session-3"))
+
+    assert await trainer.next() == TrainerJoined("session-3")
+    message_id = await ask(grid, node_id, "query.count")
+    await trainer.child.send(MessageWaits())
+    assert await trainer.next() == TrainerProgress("query.count, round 3")
+    assert await trainer.next() == TrainerReplied(message_id, "session-3")
+
+
+async def test_what_an_older_session_works_on_does_not_keep_it_from_joining(
+    superlink: LiveSuperLink, key: EllipticCurvePrivateKey, grid: RunGrid, start: Start
+) -> None:
+    node_id = superlink.register(key)
+    trainer = await start()
+    assert await trainer.next() == TrainerJoined("session-1")
+    await ask(grid, node_id, "query.sleep")
+    await trainer.child.send(MessageWaits())
+    assert await trainer.next() == TrainerProgress("query.sleep, round 3")
+
+    await trainer.child.send(moved(superlink, "session-2"))
+
+    assert await trainer.next() == TrainerJoined("session-2")
+    await trainer.child.send(StopTraining("enough"))
+    assert await trainer.end() == 0
+
+
+def moved(
+    superlink: LiveSuperLink, session_id: str, *, address: str | None = None
+) -> RejoinTraining:
+    return RejoinTraining(
+        session_id=session_id,
+        superlink_address=address or superlink.parent.public_address,
+        superlink_ca_pem=superlink.parent.ca_pem,
+        lease_s=60.0,
+    )
 
 
 async def test_it_says_in_one_sentence_why_it_cannot_join(start: Start) -> None:

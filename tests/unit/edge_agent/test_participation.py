@@ -20,6 +20,8 @@ from shared.messages import (
     LeftRun,
     Nudge,
     ReplyWaiting,
+    SumAnswer,
+    SumQuestion,
     UpBody,
 )
 from shared.tasks.spec import TaskSpec
@@ -45,9 +47,16 @@ for line in sys.stdin:
         if session == "lease-ran-out":
             sys.exit(0)
         say(type="progress", doing="connecting to " + message["superlink_address"])
-        say(type="joined")
+        say(type="joined", session_id=session)
+    elif message["type"] == "rejoin":
+        say(type="replied", message_id="too-late", session_id=session)
+        session = message["session_id"]
+        say(type="joined", session_id=session)
     elif message["type"] == "message-waits":
-        say(type="replied", message_id="reply-in-" + session)
+        say(type="replied", message_id="reply-in-" + session, session_id=session)
+    elif message["type"] == "stage-question":
+        about = {name: message[name] for name in ("message_id", "stage")}
+        say(type="stage-answered", **about, answer=message["question"])
     elif message["type"] == "stop":
         sys.exit(0)
 """
@@ -183,14 +192,54 @@ async def test_a_second_run_is_refused_while_the_first_goes_on(agent: Fixture) -
     assert agent.part.doing.startswith("run-1")
 
 
-async def test_a_newer_session_of_the_run_gets_a_new_trainer(agent: Fixture) -> None:
+async def test_the_trainer_moves_to_a_newer_session_of_its_run(agent: Fixture) -> None:
     agent.part.invite(invitation(), message_id="i")
     await agent.until(joined())
-    old = agent.trainer_pid()
+    pid = agent.trainer_pid()
     agent.part.invite(invitation(session_id="s2"), message_id="j")
     await agent.until(answer(accepted=True, session_id="s2"), joined("s2"))
-    assert not is_alive(old)
+    assert agent.trainer_pid() == pid
+    agent.part.nudge(Nudge(run_id="run-1", session_id="s2"))
+    await agent.until(ReplyWaiting(run_id="run-1", session_id="s2", message_id="reply-in-s2"))
     assert not any(isinstance(body, LeftRun) for body in agent.said)
+
+
+async def test_what_the_trainer_said_of_an_older_session_is_not_announced(agent: Fixture) -> None:
+    agent.part.invite(invitation(), message_id="i")
+    agent.part.invite(invitation(session_id="s2"), message_id="j")
+    await agent.until(joined("s2"))
+    assert joined() not in agent.said
+    assert not any(isinstance(body, ReplyWaiting) for body in agent.said)
+
+
+async def test_a_stage_of_a_sum_is_answered_by_the_trainer(agent: Fixture) -> None:
+    agent.part.invite(invitation(), message_id="i")
+    agent.part.ask(question(), message_id="question-1")
+    wanted = SumAnswer(run_id="run-1", session_id="s1", stage="consent", answer=b"survivors")
+    await agent.until(wanted)
+    assert agent.replies[agent.said.index(wanted)] == "question-1"
+
+
+async def test_a_stage_of_another_session_or_without_a_trainer_is_not_answered(
+    agent: Fixture,
+) -> None:
+    agent.part.ask(question(), message_id="too-early")
+    agent.part.invite(invitation(), message_id="i")
+    agent.part.ask(question("s0"), message_id="too-late")
+    agent.part.ask(question(), message_id="now")
+    await agent.until_that(lambda said: any(isinstance(body, SumAnswer) for body in said))
+    about = zip(agent.said, agent.replies, strict=True)
+    assert [to for body, to in about if isinstance(body, SumAnswer)] == ["now"]
+
+
+def question(session_id: str = "s1") -> SumQuestion:
+    return SumQuestion(
+        run_id="run-1",
+        session_id=session_id,
+        session=bytes(32),
+        stage="consent",
+        question=b"survivors",
+    )
 
 
 async def test_a_repeated_invitation_keeps_the_trainer_and_says_joined_again(

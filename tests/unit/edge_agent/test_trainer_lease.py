@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from edge_agent import trainer_loop
-from edge_agent.trainer_messages import MessageWaits, StopTraining
+from edge_agent.trainer_messages import (
+    MessageWaits,
+    RejoinTraining,
+    StageQuestion,
+    StopTraining,
+)
 
 LEASE_S = 100.0
 
@@ -23,6 +28,8 @@ class Trainer:
         messages: tuple[tuple[float, Any], ...] = (),
     ) -> None:
         self.now_s, self.woken = 0.0, 0
+        self.asked: list[StageQuestion] = []
+        self.following: RejoinTraining | None = None
         self._busy, self._answered_at, self._messages = busy, answered_at, list(messages)
 
     def monotonic(self) -> float:
@@ -39,6 +46,9 @@ class Trainer:
     def wake(self) -> None:
         self.woken += 1
 
+    def ask(self, question: StageQuestion) -> None:
+        self.asked.append(question)
+
     def get(self, timeout: float) -> Any:
         assert timeout >= 0
         if self._messages and self._messages[0][0] <= self.now_s + timeout:
@@ -50,7 +60,7 @@ class Trainer:
     def listen(self, monkeypatch: pytest.MonkeyPatch) -> float:
         """Return when it stopped listening."""
         monkeypatch.setattr(trainer_loop, "time", self)
-        trainer_loop._listen(self, self, lease_s=LEASE_S)  # type: ignore[arg-type]
+        self.following = trainer_loop._listen(self, self, self, lease_s=LEASE_S)  # type: ignore[arg-type]
         return self.now_s
 
 
@@ -64,6 +74,26 @@ def test_a_nudge_wakes_it_and_renews_the_lease(monkeypatch: pytest.MonkeyPatch) 
     trainer = Trainer(messages=((60.0, MessageWaits()),))
     assert trainer.listen(monkeypatch) == 60.0 + LEASE_S
     assert trainer.woken == 1
+
+
+def test_a_question_is_passed_on_while_training_and_renews_the_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    question = StageQuestion(message_id="m", session=bytes(32), stage="share", question=b"roster")
+    trainer = Trainer(busy=lambda now: now < 90.0, messages=((60.0, question),))
+    assert trainer.listen(monkeypatch) == 60.0 + LEASE_S
+    assert trainer.asked == [question]
+
+
+def test_it_goes_on_elsewhere_when_the_run_has_a_new_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rejoin = RejoinTraining(
+        session_id="s2", superlink_address="a:1", superlink_ca_pem="pem", lease_s=1.0
+    )
+    trainer = Trainer(busy=lambda _: True, messages=((60.0, rejoin),))
+    assert trainer.listen(monkeypatch) == 60.0
+    assert trainer.following == rejoin
 
 
 def test_an_answer_renews_the_lease_however_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
