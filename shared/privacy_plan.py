@@ -25,7 +25,7 @@ from shared.secure_sum.config import (
 GROUP_DROP_FRACTION = 0.1  # so few devices cannot tolerate more with their higher threshold
 ROBUST = ("median", "trimmed-mean", "norm-bound")  # how to combine sums of groups
 PER_DEVICE = ("krum", "multi-krum", "bulyan", "foolsgold")  # these look at single updates
-_FEWEST_ROBUST_GROUPS = 3  # of two, nobody can say which is wrong
+FEWEST_ROBUST_GROUPS = 3  # of two, nobody can say which is wrong
 
 
 class PrivacyPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -102,7 +102,11 @@ class Layout:
     @property
     def honest_survivors(self) -> int:
         """Honest devices that are certain to be in each sum: whose noise can be counted on."""
-        return self.min_survivors - self.corrupted
+        return min(
+            survivors_needed(self, size) - corrupted_of(self, size)
+            for size in range(self.min_survivors, self.max_roster + 1)
+            if survivors_needed(self, size) <= size
+        )
 
     @property
     def tolerated_drops(self) -> int:
@@ -153,7 +157,7 @@ def round_quorum(layout: Layout, aggregation: AggregationPlan) -> int:
     """
     sums = layout.groups // 2 + 1
     if aggregation.combine in ROBUST:
-        sums = max(sums, _FEWEST_ROBUST_GROUPS)
+        sums = max(sums, FEWEST_ROBUST_GROUPS)
     return sums * layout.min_survivors
 
 
@@ -172,7 +176,12 @@ def check_plan(
     _check_groups(privacy, aggregation, size=size, asked=asked)
     for grouped in (True, False):  # training, then measuring
         layout = lay_out(
-            privacy, aggregation, size=size, asked=asked, quorum=quorum, grouped=grouped
+            privacy,
+            aggregation,
+            size=size,
+            asked=asked,
+            quorum=quorum if grouped else 0,
+            grouped=grouped,
         )
         _check_sizes(layout, size=size, asked=asked, in_groups=layout.threshold == "group")
     if aggregation.combine in ROBUST:
@@ -274,10 +283,10 @@ def _enough(layout: Layout, over_selection: float) -> str:
 def _check_robust(aggregation: AggregationPlan, layout: Layout) -> None:
     """Refuse promises against poisoning that so many groups of that size cannot keep (R4)."""
     groups, poisoned = layout.groups, aggregation.poisoned_fraction
-    if groups < _FEWEST_ROBUST_GROUPS:
+    if groups < FEWEST_ROBUST_GROUPS:
         raise ConfigError(
             f"aggregation.combine {aggregation.combine!r} of {groups} groups cannot tell which is "
-            f"wrong: write a cohort.size of {_FEWEST_ROBUST_GROUPS * aggregation.group_size} or "
+            f"wrong: write a cohort.size of {FEWEST_ROBUST_GROUPS * aggregation.group_size} or "
             "more"
         )
     if poisoned * layout.max_roster > math.log(2):

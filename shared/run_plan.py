@@ -106,7 +106,7 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             self.aggregation,
             size=cohort.size,
             asked=cohort.asked,
-            quorum=cohort.quorum,
+            quorum=cohort.quorum if grouped else 0,
             grouped=grouped,
         )
 
