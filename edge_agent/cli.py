@@ -12,6 +12,7 @@ from edge_agent import data_commands
 from edge_agent.agent import run_agent
 from edge_agent.enrolment import enroll as join
 from edge_agent.enrolment import load_enrolment
+from edge_agent.privacy import ledger_commands, policy_commands
 from edge_agent.settings import AgentSettings
 from edge_agent.state import AgentState, only_agent_of
 from edge_agent.status import STATE_FILE, describe, read_status
@@ -26,6 +27,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(data_commands.app, name="data")
+app.add_typer(policy_commands.app, name="policy")
+app.add_typer(ledger_commands.app, name="privacy")
 
 Home = Annotated[Path, typer.Option(help="The agent's state folder.", envvar="SHOAL_AGENT_HOME")]
 
