@@ -137,6 +137,21 @@ class SumServer:
         return self._intake.asked() - self._memory.answered.keys() - self._memory.left.keys()
 
     @property
+    def roster(self) -> tuple[str, ...]:
+        """Return the device ids of U1; none before it is fixed."""
+        return tuple(entry.device_id for entry in self._memory.roster.entries)
+
+    @property
+    def masked(self) -> tuple[str, ...]:
+        """Return the devices whose vectors are in the sum so far."""
+        return tuple(self.roster[place] for place in sorted(self._memory.masked))
+
+    @property
+    def signatures_needed(self) -> int:
+        """Return with how many consents the survivors' masks can be removed."""
+        return max(self._known().consents_needed, self._known().threshold + 1)
+
+    @property
     def enough_revealed(self) -> bool:
         """Say whether `finish` needs no further share: what came rebuilds every secret.
 
@@ -292,11 +307,8 @@ class SumServer:
     def close_consent(self) -> Unmask:
         """Return the last question, for those who signed; no more signatures than are needed."""
         self._expect(S.AGREEING)
-        roster, consents = self._known(), self._memory.consents
         # Only who signed reveals, and its own secret needs t others.
-        self._require(
-            len(consents), max(roster.consents_needed, roster.threshold + 1), "signatures"
-        )
+        self._require(len(self._memory.consents), self.signatures_needed, "signatures")
         self._move(E.SURVIVORS_AGREED)
         return self._unmask()
 
