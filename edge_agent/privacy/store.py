@@ -193,6 +193,8 @@ class PrivacyStore:
             raise UnavailableError(
                 f"cannot use {self._path}: {error}; free some disk space or check who may write it"
             ) from error
+        except sqlite3.IntegrityError:
+            raise  # our own bug: let it surface
         except sqlite3.DatabaseError as error:
             raise UnavailableError(
                 f"{self._path} is damaged ({error}); restore it from a backup, since without it "
