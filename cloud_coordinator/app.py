@@ -62,6 +62,7 @@ from shared.errors import (
 )
 from shared.files import make_folder
 from shared.messages import Envelope, Hello, utc_now
+from shared.secure_sum.config import CONFIG_PAYLOAD_TYPE
 from shared.signing import seal
 
 logger = logging.getLogger(__name__)
@@ -214,6 +215,10 @@ class Coordinator:
                 link=self.link,
                 start_worker=self._start_worker,
                 blobs=settings.home / "blobs",
+                scratch=settings.home / "scratch",
+                fleet=settings.fleet,
+                membership=self.membership,
+                sign_config=partial(seal, payload_type=CONFIG_PAYLOAD_TYPE, key=self.keys.command),
                 settings=SessionSettings(
                     answer_time=timedelta(seconds=settings.answer_deadline_s),
                     join_time=timedelta(seconds=settings.join_deadline_s),

@@ -10,8 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from shared.messages import RelayedStage
 from shared.run_plan import RunPlan
-from shared.secure_sum.messages import Stage
 
 
 class ResumePoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,7 +191,7 @@ class AskDevices(msgspec.Struct, frozen=True, kw_only=True, tag="ask-devices"):
 
     device_ids: tuple[str, ...]
     session: bytes
-    stage: Stage
+    stage: RelayedStage
     question: bytes
     deadline_at: datetime
 

@@ -44,7 +44,7 @@ class ParticipationView(BaseModel):
     device_id: str
     outcome: str
     cause: str
-    num_examples: int
+    num_examples: int  # 0 in secure rounds, where nobody but the device knows
     seconds: float | None
     bytes_down: int
     bytes_up: int
@@ -62,6 +62,7 @@ class RoundView(BaseModel):
     metrics: dict[str, float]
     training_sums: dict[str, float]
     parameters_sha256: str | None
+    secrecy: dict[str, Any] | None  # of secure sums; null where each device's update was seen
     participations: list[ParticipationView]
 
 
@@ -161,5 +162,6 @@ def _round_view(row: RoundRow, parts: Iterable[ParticipationRow]) -> RoundView:
         metrics=row.metrics,
         training_sums=row.training_sums,
         parameters_sha256=row.parameters_sha256,
+        secrecy=row.secrecy,
         participations=[ParticipationView.model_validate(part) for part in parts],
     )

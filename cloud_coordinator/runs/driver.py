@@ -9,12 +9,13 @@ import contextlib
 import itertools
 import logging
 import random
+import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
-from cloud_coordinator.runs.lifecycle import RunEvent, RunState
+from cloud_coordinator.runs.lifecycle import ACTIVE, RunEvent, RunState
 from cloud_coordinator.runs.progress import Progress
 from cloud_coordinator.runs.session import RunSession, SessionParts, SuperLinkHandle
 from cloud_coordinator.runs.session_events import (
@@ -206,6 +207,9 @@ class RunDriver:
             model_version=model_version,
         )
         logger.info("run %s is %s", self.run_id, self._state, extra={"run_id": self.run_id})
+        if self._state not in ACTIVE:
+            scratch = self._parts.session.scratch / self.run_id
+            await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
         """Return what ``work`` returns, or None as soon as the run is asked to stop."""

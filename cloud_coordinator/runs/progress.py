@@ -3,12 +3,21 @@
 from dataclasses import dataclass
 from datetime import datetime
 
+_VERBS = {  # the stages of a round, and of its secure sums
+    "train": "training",
+    "evaluate": "evaluating",
+    "share": "dealing key shares",
+    "mask": "sending masked vectors",
+    "consent": "signing whose vectors are in the sum",
+    "reveal": "revealing the shares that unmask the sum",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """One moment of an active run. Times are aware UTC."""
 
-    doing: str  # "starting", "waiting", "train", "evaluate", "exporting", "pausing"
+    doing: str  # "starting", "waiting", a key of `_VERBS`, "exporting", "pausing"
     since: datetime
     until: datetime | None = None  # its deadline
     round_number: int | None = None
@@ -29,8 +38,7 @@ class Progress:
                     f"waiting for {missing} more {devices} ({self.joined} of {self.wanted} joined)"
                     f"{self._times()}"
                 )
-            case "train" | "evaluate":
-                verb = "training" if self.doing == "train" else "evaluating"
+            case stage if verb := _VERBS.get(stage):
                 return (
                     f"round {self.round_number}: {verb}, {self.replied} of {self.asked} "
                     f"replied{self._times()}"

@@ -230,6 +230,7 @@ def _round_row(run_id: str, record: RoundRecord) -> RoundRow:
         training_sums=record.training_sums,
         parameters_sha256=record.parameters_sha256,
         optimizer_sha256=record.optimizer_sha256,
+        secrecy=msgspec.to_builtins(record.secrecy),
     )
 
 

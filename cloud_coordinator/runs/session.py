@@ -19,7 +19,8 @@ from typing import Protocol
 from cloud_coordinator.control_link import ControlLink
 from cloud_coordinator.devices.service import Device, DeviceService
 from cloud_coordinator.rounds.worker_messages import (
-    DeviceJoined,
+    AskDevices,
+    DeviceAnswered,
     DeviceLeft,
     FromWorker,
     NudgeDevices,
@@ -31,6 +32,7 @@ from cloud_coordinator.rounds.worker_messages import (
     RoundStarted,
     RunFailed,
     RunFinished,
+    SignConfigs,
     StartRun,
     StopRun,
     ToWorker,
@@ -55,9 +57,11 @@ from cloud_coordinator.runs.session_events import (
     StopAsked,
     Stopped,
 )
+from cloud_coordinator.runs.sum_relay import KnowsMembers, SumRelay
 from cloud_coordinator.supervisor import Handle, Life
 from shared.child import Child
 from shared.errors import ConfigError, PeerError, UnavailableError
+from shared.files import make_folder
 from shared.messages import (
     DismissFromRun,
     Invitation,
@@ -66,6 +70,7 @@ from shared.messages import (
     LeftRun,
     Nudge,
     ReplyWaiting,
+    SumAnswer,
     as_text,
 )
 from shared.run_plan import RunPlan
@@ -115,6 +120,10 @@ class SessionParts:
     link: ControlLink
     start_worker: Callable[[str], Awaitable[Child]]  # by run id
     blobs: Path
+    scratch: Path  # a folder for each run, for sums that are not finished
+    fleet: str
+    membership: KnowsMembers
+    sign_config: Callable[[bytes], bytes]  # seals what a secure sum is about
     settings: SessionSettings
     clock: Callable[[], datetime]
 
@@ -156,6 +165,14 @@ class RunSession:
         self._committed = False
         self._rounds_run = False  # whether the run's state is `running`
         self._renew_at = parts.clock() + self._renewal_interval()
+        self._sums = SumRelay(
+            run_id=run_id,
+            session_id=self.session_id,
+            link=parts.link,
+            membership=parts.membership,
+            sign=parts.sign_config,
+            clock=parts.clock,
+        )
         self._recruitment = Recruitment(
             task=plan.task.name,
             answer_time=parts.settings.answer_time,
@@ -191,15 +208,19 @@ class RunSession:
 
     async def _begin(self) -> None:
         start = await asyncio.to_thread(self._parts.records.starting_point, self._run_id)
+        scratch = self._parts.scratch / self._run_id
+        await asyncio.to_thread(make_folder, scratch)
         await self._tell(
             StartRun(
                 run_id=self._run_id,
                 session_id=self.session_id,
+                fleet=self._parts.fleet,
                 plan=self._plan,
                 resume=start.resume,
                 next_round=start.next_round,
                 times_selected=start.times_selected,
                 blobs=str(self._parts.blobs),
+                scratch=str(scratch),
                 superlink_address=self._superlink.private_address,
                 superlink_ca_pem=self._superlink.ca_pem,
                 superlink_secrets_path=str(self._superlink.secrets_path),
@@ -243,35 +264,41 @@ class RunSession:
             case WorkerReady():
                 self._worker_ready = True
                 for device_id in sorted(self._recruitment.joined):
-                    await self._tell(DeviceJoined(device_id, self._nodes[device_id]))
+                    await self._tell(self._sums.joined(device_id, self._nodes[device_id]))
             case WaitingForDevices():
                 await self._note_waiting(message)
             case RoundStarted():
                 await self._note_round(message)
             case RoundProgress():
-                self.progress = replace(
-                    self.progress,
-                    doing=message.stage,
-                    round_number=message.round_number,
-                    replied=message.replied,
-                    asked=message.cohort,
-                )
-            case NudgeDevices(device_ids):
-                await self._nudge(device_ids)
+                self._note_progress(message)
+            case NudgeDevices() | SignConfigs() | AskDevices():
+                await self._serve(message)
             case RoundClosed(record):
-                await asyncio.to_thread(self._parts.records.save_round, self._run_id, record)
-                self._committed = True
-                logger.info(
-                    "run %s: round %d %s%s", self._run_id, record.round_number, record.state,
-                    _figures(record),
-                    extra={"run_id": self._run_id, "round_number": record.round_number},
-                )  # fmt: skip
-                await self._tell(RoundSaved(record.round_number))
+                await self._save(record)
             case RunFinished():
                 return RoundsDone()
             case RunFailed(cause):
                 self._worker_failure = cause
         return None
+
+    async def _serve(self, message: NudgeDevices | SignConfigs | AskDevices) -> None:
+        match message:
+            case NudgeDevices(device_ids):
+                await self._nudge(device_ids)
+            case SignConfigs():
+                await self._tell(self._sums.sign(message))
+            case AskDevices():
+                await self._sums.ask(message, self._recruitment.joined)
+
+    async def _save(self, record: RoundRecord) -> None:
+        await asyncio.to_thread(self._parts.records.save_round, self._run_id, record)
+        self._committed = True
+        logger.info(
+            "run %s: round %d %s%s", self._run_id, record.round_number, record.state,
+            _figures(record),
+            extra={"run_id": self._run_id, "round_number": record.round_number},
+        )  # fmt: skip
+        await self._tell(RoundSaved(record.round_number))
 
     async def _hear_device(self, device_id: str, body: DeviceWord) -> None:
         now = self._parts.clock()
@@ -286,6 +313,8 @@ class RunSession:
                 await self._lose(device_id, cause)
             case ReplyWaiting(message_id=message_id) if device_id in self._recruitment.joined:
                 await self._tell(ReplyWaits(message_id))
+            case SumAnswer(answer=answer) if device_id in self._recruitment.joined:
+                await self._tell(DeviceAnswered(device_id, answer))
             case _:
                 logger.debug("%s spoke without having been let in", device_id)
 
@@ -293,7 +322,7 @@ class RunSession:
         changed = self._recruitment.join(device_id)
         await self._note(changed)
         if changed and self._worker_ready:
-            await self._tell(DeviceJoined(device_id, self._nodes[device_id]))
+            await self._tell(self._sums.joined(device_id, self._nodes[device_id]))
 
     async def _see_device(self, device: Device) -> None:
         if not device.online:
@@ -316,9 +345,26 @@ class RunSession:
         if not self._parts.link.connected:
             return
         everybody = await self._parts.devices.devices()
-        for device in self._recruitment.whom_to_invite(everybody, now):
+        due = self._recruitment.whom_to_invite(everybody, now)
+        if due and self._is_secure:
+            due = await self._members_of(due, now)
+        for device in due:
             if not await self._invite(device, now):
                 break
+
+    async def _members_of(self, due: list[Device], now: datetime) -> list[Device]:
+        """Return the devices that may be in a sum; the others are asked once that has changed."""
+        await self._sums.read_members()
+        for device_id in self._recruitment.joined:
+            if reason := self._sums.why_not(device_id):  # it was revoked
+                await self._lose(device_id, reason)
+        for device in due:
+            if reason := self._sums.why_not(device.device_id):
+                name = device.device_id
+                self._recruitment.invite(name, now)
+                no = self._recruitment.answer(name, accepted=False, reason=reason, now=now)
+                await self._note(no)
+        return [device for device in due if not self._sums.why_not(device.device_id)]
 
     async def _invite(self, device: Device, now: datetime) -> bool:
         """Ask one device; return False where asking others now would fail too."""
@@ -339,6 +385,10 @@ class RunSession:
         await self._note(changed)
         return sent
 
+    @property
+    def _is_secure(self) -> bool:
+        return self._plan.privacy.mode == "secure"
+
     def _invitation(self) -> Invitation:
         return Invitation(
             run_id=self._run_id,
@@ -347,6 +397,8 @@ class RunSession:
             min_examples=self._plan.cohort.min_examples,
             superlink_address=self._superlink.public_address,
             lease_s=self._parts.settings.lease_s,
+            mode=self._plan.privacy.mode,
+            min_survivors=self._plan.layout().min_survivors if self._is_secure else 0,
         )
 
     async def _note_waiting(self, message: WaitingForDevices) -> None:
@@ -373,6 +425,16 @@ class RunSession:
         )
         if not self._rounds_run:
             await self._move(RunEvent.ROUND_STARTED)
+
+    def _note_progress(self, message: RoundProgress) -> None:
+        self.progress = replace(
+            self.progress,
+            doing=message.stage,
+            round_number=message.round_number,
+            replied=message.replied,
+            asked=message.cohort,
+            until=message.until or self.progress.until,
+        )
 
     async def _move(self, event: RunEvent) -> None:
         await asyncio.to_thread(self._parts.records.move, self._run_id, event)

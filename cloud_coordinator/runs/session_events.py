@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cloud_coordinator.devices.service import Device
-from shared.messages import InvitationAnswer, JoinedRun, LeftRun, ReplyWaiting
+from shared.messages import InvitationAnswer, JoinedRun, LeftRun, ReplyWaiting, SumAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class StopAsked:
     cause: str
 
 
-DeviceWord = InvitationAnswer | JoinedRun | LeftRun | ReplyWaiting
+DeviceWord = InvitationAnswer | JoinedRun | LeftRun | ReplyWaiting | SumAnswer
 
 
 @dataclass(frozen=True, slots=True)

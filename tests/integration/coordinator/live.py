@@ -12,6 +12,7 @@ import msgspec
 
 from cloud_coordinator.app import Coordinator
 from cloud_coordinator.settings import choose_ports, write_service
+from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan
 from shared.tasks.spec import TaskSpec
 from tests.integration.coordinator.fake_device import DeviceKeys, FakeDevice, open_reply
@@ -29,6 +30,7 @@ def plan(name: str = "nightly", *, rounds: int = 3, quorum: int = 1, size: int =
         task=TaskSpec("digits", "image-classification"),
         rounds=rounds,
         cohort=CohortPlan(size=size, quorum=quorum),
+        privacy=PrivacyPlan(mode="plain"),
     )
 
 
