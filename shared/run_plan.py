@@ -14,13 +14,14 @@ from msgspec import Meta
 
 from shared.config import convert, read_document, read_toml
 from shared.errors import ConfigError
+from shared.plan_checks import check_plan
 from shared.privacy_plan import (
     AggregationPlan,
     Layout,
     PrivacyPlan,
-    check_plan,
     lay_out,
     round_quorum,
+    with_roster,
 )
 from shared.tasks.spec import TaskSpec
 
@@ -94,21 +95,23 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             resolved = msgspec.structs.replace(cohort, quorum=fewest)
             msgspec.structs.force_setattr(self, "cohort", resolved)
 
-    def layout(self, *, grouped: bool = True) -> Layout:
+    def layout(self, *, grouped: bool = True, roster_max: int | None = None) -> Layout:
         """Return how the devices of a round are parted into sums.
 
         Args:
             grouped: False for measuring and for statistics, which never use groups.
+            roster_max: devices that are asked for one of the sums; None: all that may be.
         """
-        cohort = self.cohort
-        return lay_out(
+        cohort, quorum = self.cohort, self.cohort.quorum if grouped else 0
+        layout = lay_out(
             self.privacy,
             self.aggregation,
             size=cohort.size,
             asked=cohort.asked,
-            quorum=cohort.quorum if grouped else 0,
+            quorum=quorum,
             grouped=grouped,
         )
+        return layout if roster_max is None else with_roster(layout, roster_max, quorum=quorum)
 
     @property
     def digest(self) -> str:

@@ -17,6 +17,7 @@ from cloud_coordinator.commands.output import (
     print_json,
     print_table,
 )
+from cloud_coordinator.rounds.plan_explanation import explain
 from shared.errors import ShoalError, UnavailableError
 from shared.logs import visible
 from shared.run_plan import read_plan
@@ -37,9 +38,12 @@ def start_run(
     as_json: AsJson = False,
 ) -> None:
     """Start a run from PLAN; exit status 1 if --watch sees it fail."""
-    document = msgspec.to_builtins(read_plan(plan))
+    wanted = read_plan(plan)
     client = ApiClient(home)
-    run = client.post("/v1/runs", document)
+    run = client.post("/v1/runs", msgspec.to_builtins(wanted))
+    console = people(to_stderr=True)  # the output is the run's id
+    for line in explain(wanted):
+        console.print(visible(line))
     if watch:
         try:
             run = watch_run(client, run["run_id"], say=_note(as_json=as_json), pause=time.sleep)
