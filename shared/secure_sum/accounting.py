@@ -84,12 +84,13 @@ class RdpCurve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"delta is {delta}, not between 0 and 1")
         if self.infinite:
             return math.inf
+        divergences = np.array(self.epsilons)
         at_orders = (
-            np.array(self.epsilons)
-            + np.log1p(-1 / _ALPHA)
-            - (math.log(delta) + np.log(_ALPHA)) / (_ALPHA - 1)
+            divergences + np.log1p(-1 / _ALPHA) - (math.log(delta) + np.log(_ALPHA)) / (_ALPHA - 1)
         )
-        return max(0.0, float(at_orders.min()))
+        # Bretagnolle and Huber: no two laws of divergence r differ by more than sqrt(1 - exp(-r)).
+        alike = delta**2 + np.expm1(-divergences) >= 0
+        return max(0.0, float(np.where(alike, 0.0, at_orders).min()))
 
 
 def gaussian_rdp(multiplier: float) -> RdpCurve:
