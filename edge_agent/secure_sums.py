@@ -118,6 +118,7 @@ class SecureSums:
         self._records = SumRecords(home, now=now)
         self._sessions: dict[bytes, _Session] = {}
         self._lock = threading.RLock()
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +129,9 @@ class SecureSums:
     def close(self) -> None:
         """Forget all sessions and let go of the files."""
         with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
             for session in list(self._sessions):
                 self._end(session, SumEvent.PROCESS_ENDED, "this device's trainer ended")
             self._records.close()
@@ -307,11 +311,12 @@ class SecureSums:
         client, opened = _client(session), session.opened
         policy = self._policy()  # read anew: the owner may have changed it while we trained
         policy.check_config(opened.config)
-        self._records.charge(opened.config, opened.data, policy)
         lanes = self._encode(session)
         answer = client.mask(boxes, lanes)
         lanes.main.flags.writeable = lanes.exact.flags.writeable = False
-        self._records.leave(opened.config)  # the last step before it may leave
+        # The last step before it may leave: what fails until here costs nothing, what fails
+        # afterwards is paid for, whether it arrived or not.
+        self._records.leave(opened.config, opened.data, policy)
         session.vector, session.exact, session.lanes = None, {}, lanes
         return answer
 
@@ -328,7 +333,7 @@ class SecureSums:
 
     def _reveal(self, session: _Session, question: bytes) -> SignedAnswer:
         answer = _client(session).reveal(decode(question, Unmask))
-        self._records.advance(session.opened.config.session, SumEvent.SHARES_REVEALED)
+        self._records.reveal(session.opened.config.session)
         session.lanes = None  # whoever unmasks has them
         return answer
 
@@ -415,7 +420,7 @@ class SecureSums:
         try:
             self._records.end(session, event, as_text(cause))
         except UnavailableError as error:
-            # What it paid stays paid until this process ends; nothing of it can be sent any more.
+            # Nothing of it can be said any more; the next process notes it as lost.
             logger.warning("the end of a session could not be written down: %s", error)
 
     def _earlier_sessions(self, config: SumConfig) -> Sequence[bytes]:

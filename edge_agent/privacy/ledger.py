@@ -3,7 +3,8 @@
 Unit: this device's whole contribution to a data set, added or removed. A noised sum costs its Rényi
 curve, and every participation counts in full: the coordinator chooses who takes part, so nothing is
 saved by chance. An exact sum has no ε; it is counted, and capped for each version of the data.
-Noise that only the coordinator promises to add is no noise here.
+There are no refunds: a charge is written in the step before the vector is handed out. Noise that
+only the coordinator promises to add is no noise here.
 
 Rényi differential privacy: Mironov, "Rényi Differential Privacy", CSF 2017; curves add up.
 """
@@ -74,11 +75,6 @@ def book(connection: sqlite3.Connection, data: DataUse, charge: Charge, now: dat
             now.timestamp(),
         ),
     )
-
-
-def refund(connection: sqlite3.Connection, session: bytes) -> None:
-    """Take back the charge of a session of which nothing left."""
-    connection.execute("DELETE FROM charges WHERE session = ?", (session,))
 
 
 def reset(connection: sqlite3.Connection, data_id: str, now: datetime) -> int:

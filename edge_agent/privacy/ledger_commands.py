@@ -79,7 +79,7 @@ def reset(
             )
         now = utc_now()
         count = sum(reset_account(connection, data_id, now) for (data_id,) in found)
-    typer.echo(f"the account of {name!r} begins anew; {count} earlier charges count no more")
+    typer.echo(f"the account of {name!r} begins anew; charges that count no more: {count}")
 
 
 @contextmanager

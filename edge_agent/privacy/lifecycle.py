@@ -15,8 +15,7 @@ class SumState(StrEnum):
     OPENED = "opened"  # everything was checked; the vector is being made
     ADVERTISED = "advertised"  # the vector waits here; our keys of this session are out
     SHARED = "shared"  # shares of our secrets are with the peers
-    CHARGED = "charged"  # booked, and nothing has left yet: the only state that may be refunded
-    MASKED = "masked"  # the masked vector left, or may have: it is spent
+    MASKED = "masked"  # the masked vector left, or may have: it is paid for and spent
     CONSENTED = "consented"  # we signed who is in the sum
     REVEALED = "revealed"  # we helped to unmask the sum; terminal
     REFUSED = "refused"  # something was not allowed, or broke the protocol; terminal
@@ -29,8 +28,7 @@ class SumEvent(StrEnum):
 
     VECTOR_READY = "vector_ready"
     SHARES_DEALT = "shares_dealt"
-    BOOKED = "booked"
-    LEAVING = "leaving"
+    VECTOR_LEAVING = "vector_leaving"
     SURVIVORS_SIGNED = "survivors_signed"
     SHARES_REVEALED = "shares_revealed"
     REFUSAL = "refusal"
@@ -43,8 +41,7 @@ _ENDS = {E.REFUSAL: S.REFUSED, E.PROCESS_ENDED: S.LOST, E.TIME_OVER: S.EXPIRED}
 TRANSITIONS: dict[SumState, dict[SumEvent, SumState]] = {
     S.OPENED: {E.VECTOR_READY: S.ADVERTISED, **_ENDS},
     S.ADVERTISED: {E.SHARES_DEALT: S.SHARED, **_ENDS},
-    S.SHARED: {E.BOOKED: S.CHARGED, **_ENDS},
-    S.CHARGED: {E.LEAVING: S.MASKED, **_ENDS},
+    S.SHARED: {E.VECTOR_LEAVING: S.MASKED, **_ENDS},
     S.MASKED: {E.SURVIVORS_SIGNED: S.CONSENTED, **_ENDS},
     S.CONSENTED: {E.SHARES_REVEALED: S.REVEALED, **_ENDS},
     S.REVEALED: {},

@@ -4,21 +4,20 @@ from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 
-from edge_agent.privacy.ledger import Charge, book, check_affordable, refund
-from edge_agent.privacy.lifecycle import TERMINAL, SumEvent, SumState
+from edge_agent.privacy.ledger import Charge, book, check_affordable
+from edge_agent.privacy.lifecycle import TERMINAL, SumEvent
 from edge_agent.privacy.policy import OwnerPolicy
 from edge_agent.privacy.session_log import (
     KnownSession,
     advance,
     check_round,
     check_unspent,
+    end_orphans,
     known_session,
     note_round,
     note_survivors,
     open_session,
-    sessions_of_dead,
     spend,
-    unspend,
 )
 from edge_agent.privacy.sources import DataUse, source_of
 from edge_agent.privacy.store import Holder, PrivacyStore, forget_dead_holders, is_alive
@@ -34,10 +33,10 @@ class SumRecords:
         self._now = now
         self._store = PrivacyStore(home)
         try:
-            with self._store.transaction():
+            with self._store.transaction() as connection:
                 forget_dead_holders(home)
                 self._holder = Holder(home)
-            self._end_orphans(home)
+                end_orphans(connection, lambda holder: is_alive(home, holder), now=now())
         except BaseException:
             self._store.close()
             raise
@@ -49,12 +48,12 @@ class SumRecords:
 
     def identify(self, *, name: str, path: str, digest: str) -> str:
         """Return the stored id of a data source; see `source_of`."""
-        with self._store.transaction() as connection:
+        with self._store.transaction(durable=False) as connection:
             return source_of(connection, name=name, path=path, digest=digest)
 
     def known(self, session: bytes) -> KnownSession | None:
         """Return what is known of a session, by whichever process."""
-        with self._store.transaction() as connection:
+        with self._store.transaction(durable=False) as connection:
             return known_session(connection, session)
 
     def open(
@@ -66,7 +65,7 @@ class SumRecords:
             PeerError: the session, its round or its question is over.
             PolicyError: the owner's budget does not bear it.
         """
-        with self._store.transaction() as connection:
+        with self._store.transaction(durable=False) as connection:
             check_round(connection, config)
             check_unspent(connection, config, data)
             check_affordable(connection, policy, data, charge_for(config))
@@ -79,12 +78,12 @@ class SumRecords:
             )
 
     def advance(self, session: bytes, event: SumEvent) -> None:
-        """Note the next step of a session."""
-        with self._store.transaction() as connection:
+        """Note the next step of a session, of which nothing has left that a power cut may undo."""
+        with self._store.transaction(durable=False) as connection:
             advance(connection, session, event, now=self._now())
 
-    def charge(self, config: SumConfig, data: DataUse, policy: OwnerPolicy) -> None:
-        """Spend and pay for the vector that is about to leave; all of it, or nothing.
+    def leave(self, config: SumConfig, data: DataUse, policy: OwnerPolicy) -> None:
+        """Spend and pay for the vector that is about to leave: all of it, or nothing.
 
         Raises:
             PeerError: the round or the question is over by now.
@@ -97,13 +96,8 @@ class SumRecords:
             check_affordable(connection, policy, data, charge)
             book(connection, data, charge, self._now())
             spend(connection, config, data)
-            advance(connection, config.session, SumEvent.BOOKED, now=self._now())
-
-    def leave(self, config: SumConfig) -> None:
-        """Note that the vector may be out from now on: no refund any more."""
-        with self._store.transaction() as connection:
             note_round(connection, config)
-            advance(connection, config.session, SumEvent.LEAVING, now=self._now())
+            advance(connection, config.session, SumEvent.VECTOR_LEAVING, now=self._now())
 
     def sign_survivors(
         self, config: SumConfig, data: DataUse, survivors: Collection[str], *, min_difference: int
@@ -113,29 +107,23 @@ class SumRecords:
             note_survivors(connection, config, data, survivors, min_difference=min_difference)
             advance(connection, config.session, SumEvent.SURVIVORS_SIGNED, now=self._now())
 
-    def end(self, session: bytes, event: SumEvent, cause: str) -> None:
-        """End a session unless it is over; give back what it paid if nothing of it left."""
+    def reveal(self, session: bytes) -> None:
+        """Note that our shares are about to leave."""
         with self._store.transaction() as connection:
+            advance(connection, session, SumEvent.SHARES_REVEALED, now=self._now())
+
+    def end(self, session: bytes, event: SumEvent, cause: str) -> None:
+        """End a session unless it is over."""
+        with self._store.transaction(durable=False) as connection:
             known = known_session(connection, session)
-            if known is None or known.state in TERMINAL:
-                return
-            if known.state is SumState.CHARGED:
-                refund(connection, session)
-                unspend(connection, session)
-            advance(connection, session, event, now=self._now(), cause=cause)
+            if known is not None and known.state not in TERMINAL:
+                advance(connection, session, event, now=self._now(), cause=cause)
 
     def book_plain(self, data: DataUse, policy: OwnerPolicy, charge: Charge) -> None:
         """Charge a contribution that leaves outside any sum."""
         with self._store.transaction() as connection:
             check_affordable(connection, policy, data, charge)
             book(connection, data, charge, self._now())
-
-    def _end_orphans(self, home: Path) -> None:
-        with self._store.transaction() as connection:
-            orphans = sessions_of_dead(connection, lambda holder: is_alive(home, holder))
-        for session, state in orphans:
-            cause = f"this device's trainer ended while the session was {state}"
-            self.end(session, SumEvent.PROCESS_ENDED, cause)
 
 
 def charge_for(config: SumConfig) -> Charge:

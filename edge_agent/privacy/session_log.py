@@ -85,16 +85,19 @@ def advance(
     )
 
 
-def sessions_of_dead(
-    connection: sqlite3.Connection, is_alive: Callable[[str], bool]
-) -> list[tuple[bytes, SumState]]:
-    """Return the sessions that are not over, and whose process is."""
+def end_orphans(
+    connection: sqlite3.Connection, is_alive: Callable[[str], bool], *, now: datetime
+) -> None:
+    """Note as lost all sessions that are not over, but whose process is."""
     marks = ", ".join("?" * len(TERMINAL))
     rows = connection.execute(
         f"SELECT session, state, holder FROM sessions WHERE state NOT IN ({marks})",  # noqa: S608  # question marks alone
         sorted(TERMINAL),
     ).fetchall()
-    return [(session, SumState(state)) for session, state, holder in rows if not is_alive(holder)]
+    for session, state, holder in rows:
+        if not is_alive(holder):
+            cause = f"this device's trainer ended while the session was {state}"
+            advance(connection, session, SumEvent.PROCESS_ENDED, now=now, cause=cause)
 
 
 # --- rounds: a run only goes on, in the group that it began with --------------------------------
@@ -170,11 +173,6 @@ def spend(connection: sqlite3.Connection, config: SumConfig, data: DataUse) -> N
         " VALUES (?, ?, ?, ?, ?, ?)",
         (*_spent_key(config, data), config.session),
     )
-
-
-def unspend(connection: sqlite3.Connection, session: bytes) -> None:
-    """Take back what a session spent, since nothing of it left."""
-    connection.execute("DELETE FROM spent WHERE session = ?", (session,))
 
 
 def _spent_key(config: SumConfig, data: DataUse) -> tuple[str, str, str, str, str]:

@@ -1,9 +1,9 @@
 """The database of what was given away: one SQLite file that several processes share.
 
 Trainers, commands and stock SuperNode processes of one home all write it. Write-ahead logging with
-``synchronous=FULL``: what was committed survives a power cut, so a charge is on disk before the
-vector that it pays for leaves. All writing transactions begin IMMEDIATE, so that what one reads in
-it is still true when it commits.
+``synchronous=FULL`` where it matters: what was committed survives a power cut, so a charge is on
+disk before the vector that it pays for leaves. All transactions begin IMMEDIATE, so that what one
+reads in it is still true when it commits.
 
 A process that works on sessions holds the lock of a file of its own; the kernel releases it however
 the process ends, which is how others see that the secrets in its memory are gone.
@@ -114,7 +114,6 @@ class PrivacyStore:
             )
         try:
             with self._explained():
-                self._connection.execute("PRAGMA synchronous = FULL")
                 self._make_tables()
         except BaseException:
             self._connection.close()
@@ -132,13 +131,18 @@ class PrivacyStore:
             self._connection.close()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Do all of the block or none of it; durable when it ends, and alone while it runs.
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Do all of the block or none of it; no other process writes while it runs.
+
+        Args:
+            durable: a power cut does not undo it once the block has ended. If not, only the end of
+                this process does not; the next durable one makes it so, too.
 
         Raises:
             UnavailableError: the disk is full, the file is damaged, or another process holds it.
         """
         with self._lock, self._explained():
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.privacy.ledger import Charge, book, check_affordable, curve_spent, refund, reset
+from edge_agent.privacy.ledger import Charge, book, check_affordable, curve_spent, reset
 from edge_agent.privacy.lifecycle import TERMINAL, TRANSITIONS, SumEvent, SumState, next_state
 from edge_agent.privacy.policy import OwnerPolicy
 from edge_agent.privacy.records import charge_for
@@ -110,16 +110,6 @@ def test_training_rows_and_held_out_rows_have_an_account_each(store: PrivacyStor
     pay(store, OwnerPolicy(epsilon=1000), noised())
     assert spent(store, TRAIN).epsilon(1e-6) > 0
     assert spent(store, HELD_OUT) == RdpCurve.nothing()
-
-
-def test_a_refund_takes_back_one_session_alone(store: PrivacyStore) -> None:
-    first, second = noised(), noised()
-    for charge in (first, second):
-        pay(store, OwnerPolicy(epsilon=1000), charge)
-    assert first.session is not None
-    with store.transaction() as connection:
-        refund(connection, first.session)
-    assert spent(store) == second.curve
 
 
 def test_only_a_reset_begins_an_account_anew(store: PrivacyStore) -> None:
@@ -316,13 +306,7 @@ def test_every_pair_of_state_and_event_is_decided(state: SumState, event: SumEve
             next_state(state, event)
 
 
-def test_what_may_be_refunded_never_follows_what_may_have_left() -> None:
-    reached, todo = set[SumState](), [SumState.MASKED]
-    while todo:
-        state = todo.pop()
-        reached.add(state)
-        todo += [after for after in TRANSITIONS[state].values() if after not in reached]
-    assert SumState.CHARGED not in reached
+def test_a_session_ends_in_one_of_four_ways() -> None:
     assert {SumState.REVEALED, SumState.REFUSED, SumState.LOST, SumState.EXPIRED} == TERMINAL
 
 
