@@ -108,7 +108,7 @@ class _Streams:
         self._lanes = lanes
         self._exact_start = _round_up(lanes.main.nbytes, _EXACT_ALIGNMENT)
         self._length = self._exact_start + lanes.exact.nbytes
-        self._chunk_bytes = _round_up(min(chunk_bytes, self._length), _RANGE_ALIGNMENT)
+        self._chunk_bytes = _round_up(max(1, min(chunk_bytes, self._length)), _RANGE_ALIGNMENT)
         self._zeros = memoryview(bytes(self._chunk_bytes))
 
     def split(self, threads: int, masks: int) -> list[tuple[int, int]]:
@@ -136,14 +136,14 @@ class _Streams:
         buffer.fill(0)
 
     def _chunks(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Cut a range into chunks of about one size, so that main lanes lie at even addresses.
+        """Cut a range into chunks of about one size, and never a lane in two.
 
         All but the first chunk begin where a cache line does: 3 % faster.
         """
         count = max(1, -(-(end - start) // self._chunk_bytes))
         size = _round_up(-(-(end - start) // count), _RANGE_ALIGNMENT)
-        width = self._lanes.main.itemsize
-        beyond_line = (self._lanes.main.ctypes.data + start) % _RANGE_ALIGNMENT // width * width
+        address = self._lanes.main.ctypes.data + start
+        beyond_line = address % _RANGE_ALIGNMENT // _EXACT_ALIGNMENT * _EXACT_ALIGNMENT
         low, high = start, start + size - beyond_line
         while low < end:
             yield low, min(high, end)

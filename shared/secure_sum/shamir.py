@@ -59,7 +59,13 @@ class Interpolation:
         self._coefficients = _lagrange_at_zero(self.places)
 
     def without(self, place: int) -> Self:
-        """Return the interpolation at all these places but one, at the cost of one inversion."""
+        """Return the interpolation at all these places but one, for far less than a new one.
+
+        Raises:
+            ValueError: ``place`` is none of these, or the only one.
+        """
+        if place not in self.places or len(self.places) == 1:
+            raise ValueError(f"place {place} cannot be left out of {len(self.places)}")
         fewer = object.__new__(type(self))
         inverse = pow(place, -1, PRIME)
         pairs = zip(self.places, self._coefficients, strict=True)
