@@ -126,7 +126,8 @@ def test_the_digest_of_a_plan_is_stable() -> None:
             {},
             (
                 "privacy.drop_fraction 0.3 with corrupt_fraction 0.1 and corrupt_devices 1: 4 "
-                "devices cannot lose 1 and still reach the threshold of 3 shares; lower drop_fraction"
+                "devices cannot lose 1 and still reach the threshold of 3 shares; lower "
+                "drop_fraction"
             ),
         ),
         (
