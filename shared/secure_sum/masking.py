@@ -109,7 +109,8 @@ class _Streams:
         self._exact_start = _round_up(lanes.main.nbytes, _EXACT_ALIGNMENT)
         self._length = self._exact_start + lanes.exact.nbytes
         self._chunk_bytes = _round_up(max(1, min(chunk_bytes, self._length)), _RANGE_ALIGNMENT)
-        self._zeros = memoryview(bytes(self._chunk_bytes))
+        self._room = self._chunk_bytes + 2 * _RANGE_ALIGNMENT  # see `_chunks`
+        self._zeros = memoryview(bytes(self._room))
 
     def split(self, threads: int, masks: int) -> list[tuple[int, int]]:
         """Cut the bytes into a range per thread that is worth its start; each at a whole block."""
@@ -122,7 +123,7 @@ class _Streams:
         self, masks: Sequence[tuple[MaskKey, Sign]], algorithm: MaskAlgorithm, start: int, end: int
     ) -> None:
         """Add the masks between two byte offsets; threads do so side by side."""
-        buffer = _aligned(self._chunk_bytes)
+        buffer = _aligned(self._room)
         for first in range(0, len(masks), _OPEN_AT_ONCE):
             batch = masks[first : first + _OPEN_AT_ONCE]
             for combine, sign in _OPERATIONS:
@@ -140,10 +141,10 @@ class _Streams:
 
         All but the first chunk begin where a cache line does: 3 % faster.
         """
-        count = max(1, -(-(end - start) // self._chunk_bytes))
-        size = _round_up(-(-(end - start) // count), _RANGE_ALIGNMENT)
         address = self._lanes.main.ctypes.data + start
         beyond_line = address % _RANGE_ALIGNMENT // _EXACT_ALIGNMENT * _EXACT_ALIGNMENT
+        count = -(-(end - start) // self._chunk_bytes)
+        size = _round_up(-(-(end - start + beyond_line) // count), _RANGE_ALIGNMENT)
         low, high = start, start + size - beyond_line
         while low < end:
             yield low, min(high, end)
