@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cloud_coordinator.rounds.aggregation import EXAMPLES, AddedStatistics
 from cloud_coordinator.rounds.collection import TTL_MARGIN_S, Collection
@@ -14,6 +15,7 @@ from cloud_coordinator.rounds.roster import Roster
 from cloud_coordinator.rounds.stage import Stage
 from cloud_coordinator.rounds.worker_messages import Participation
 from shared.parameters import Vector
+from shared.tasks.spec import TaskSpec
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,23 @@ def patience_s(round_deadline_s: float, trained_s: float) -> float:
     return min(round_deadline_s, max(_SHORTEST_PATIENCE_S, trained_s))
 
 
-class Evaluator:
+class Evaluates(Protocol):
     """Has devices measure, for the rounds of one run."""
+
+    def measure(
+        self, parameters: Vector, cohort: Sequence[str], *, round_number: int, timeout_s: float
+    ) -> Evaluation:
+        """Ask those of ``cohort`` who are still there, and turn the sum of it into metrics.
+
+        Raises:
+            StoppedError: the run is to end now.
+            UnavailableError: the SuperLink is gone.
+        """
+        ...
+
+
+class Evaluator:
+    """Adds up what each device measured, which reaches the coordinator one by one."""
 
     def __init__(self, host: RunHost, roster: Roster, exchange: Exchange) -> None:
         self._host = host
@@ -66,11 +83,7 @@ class Evaluator:
         )
         stage.run(collection, fold)
         participations = collection.close(self._host.seconds())
-        if not added.sums.get(EXAMPLES):
-            return Evaluation(cause=_why_unmeasured(participations), participations=participations)
-        metrics = self._summarize(added)
-        cause = "" if metrics else "not measured: the task cannot sum up what the devices said"
-        return Evaluation(metrics, cause, participations)
+        return measured(self._host.plan.task, added.sums, participations)
 
     def _ask(
         self, parameters: Vector, present: Sequence[str], round_number: int, timeout_s: float
@@ -90,15 +103,27 @@ class Evaluator:
             bytes_down=parameters.nbytes,
         )
 
-    def _summarize(self, added: AddedStatistics) -> dict[str, float]:
-        """Return the task's metrics, or none where its code fails on what the devices sent."""
-        try:
-            metrics = summarize(self._host.plan.task, added.sums)
-        except Exception:
-            logger.exception("the task cannot sum up %s", sorted(added.sums))
-            return {}
-        # Infinity and NaN would not survive JSON.
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+def metrics_of(task: TaskSpec, sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the task's metrics, or none where its code fails on what the devices sent."""
+    try:
+        metrics = summarize(task, sums)
+    except Exception:
+        logger.exception("the task cannot sum up %s", sorted(sums))
+        return {}
+    # Infinity and NaN would not survive JSON.
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def measured(
+    task: TaskSpec, sums: Mapping[str, float], participations: tuple[Participation, ...]
+) -> Evaluation:
+    """Return what added statistics say, or that they say nothing."""
+    if not sums.get(EXAMPLES):
+        return Evaluation(cause=_why_unmeasured(participations), participations=participations)
+    metrics = metrics_of(task, sums)
+    cause = "" if metrics else "not measured: the task cannot sum up what the devices said"
+    return Evaluation(metrics, cause, participations)
 
 
 def _why_unmeasured(participations: Sequence[Participation]) -> str:

@@ -14,6 +14,11 @@ def initial_parameters(task: TaskSpec, seed: int) -> Vector:
     return to_vector(seeded_model(load_task(task), seed))
 
 
+def statistic_bounds(task: TaskSpec) -> Mapping[str, float]:
+    """Return the names of what devices measure, and how much of each one example may add."""
+    return load_task(task).statistics
+
+
 def summarize(task: TaskSpec, sums: Mapping[str, float]) -> dict[str, float]:
     """Turn statistics added over devices into metrics; raises what the task's code raises."""
     return load_task(task).summarize(sums)

@@ -1,6 +1,7 @@
 """One group's session, from its configuration to its sum, and what a crash must not lose of it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -147,8 +148,9 @@ class Session:
 
 
 def _as_result(kept: PendingGroup, config: SumConfig) -> GroupSum:
+    main: Any = np.frombuffer(kept.main, MAIN_TYPES[config.encoding.lane_bits])
     lanes = Lanes(
-        main=np.frombuffer(kept.main, MAIN_TYPES[config.encoding.lane_bits]),
+        main=main,
         exact=np.frombuffer(kept.exact, np.uint64),
     )
     return GroupSum(

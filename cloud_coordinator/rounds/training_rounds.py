@@ -6,41 +6,40 @@ rounds run in our worker child, in Flower's simulation engine, and over stock Su
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 
 import msgspec
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from cloud_coordinator.rounds.aggregation import STRATEGIES, ModelState, WeightedMean
+from cloud_coordinator.rounds.aggregation import STRATEGIES, ModelState
 from cloud_coordinator.rounds.checkpoint import load_state, save_state
-from cloud_coordinator.rounds.cohort import (
-    can_start,
-    cohort_rng,
-    select_cohort,
-    training_seed,
-    wanted_devices,
-)
-from cloud_coordinator.rounds.collection import TTL_MARGIN_S, Collection
-from cloud_coordinator.rounds.evaluation import Evaluation, Evaluator, patience_s
-from cloud_coordinator.rounds.exchange import Exchange, Reply
+from cloud_coordinator.rounds.cohort import can_start, cohort_rng, wanted_devices
+from cloud_coordinator.rounds.evaluation import Evaluates, Evaluation, Evaluator, patience_s
+from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.host import RunHost
 from cloud_coordinator.rounds.initial_model import initial_parameters
 from cloud_coordinator.rounds.lifecycle import RoundEvent, RoundState, next_state
+from cloud_coordinator.rounds.pending import Scratch
+from cloud_coordinator.rounds.plain_training import PlainTraining
 from cloud_coordinator.rounds.roster import Roster
-from cloud_coordinator.rounds.stage import Stage
+from cloud_coordinator.rounds.secure_evaluation import SecureEvaluator
+from cloud_coordinator.rounds.secure_sums import SecureSums
+from cloud_coordinator.rounds.secure_training import SecureTraining
+from cloud_coordinator.rounds.trained import Groups, Trained, Training
 from cloud_coordinator.rounds.worker_messages import (
     Participation,
     ResumePoint,
     RoundClosed,
     RoundRecord,
-    RoundStarted,
     RunFailed,
     RunFinished,
+    Secrecy,
     WaitingForDevices,
 )
-from shared.errors import PeerError, QuorumError, StoppedError
+from shared.errors import QuorumError, StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +86,9 @@ class _Round:
     participations: tuple[Participation, ...] = ()
     trained_s: float = 0.0  # how long training took
     training_sums: dict[str, float] = field(default_factory=dict)
+    cause: str = ""  # why some or all of its sums are not there
+    is_hopeless: bool = False  # the same model cannot be trained by enough devices any more
+    secrecy: Secrecy | None = None
 
     def advance(self, event: RoundEvent) -> None:
         self.state = next_state(self.state, event)
@@ -101,8 +103,19 @@ class TrainingRun:
         self._plan = host.plan
         self._exchange = exchange
         self._roster = Roster(host, exchange)
-        self._evaluator = Evaluator(host, self._roster, exchange)
+        self._scratch = Scratch(host.scratch)
+        self._training, self._evaluator = self._parts(host, exchange)
         self._times_selected = dict(host.times_selected)
+
+    def _parts(self, host: RunHost, exchange: Exchange) -> tuple[Training, Evaluates]:
+        roster, scratch = self._roster, self._scratch
+        if host.plan.privacy.mode == "plain":
+            return PlainTraining(host, roster, exchange), Evaluator(host, roster, exchange)
+        sums = SecureSums(host, roster, exchange, scratch)
+        return (
+            SecureTraining(host, roster, exchange, sums, scratch),
+            SecureEvaluator(host, roster, exchange, sums, scratch),
+        )
 
     def run(self) -> RunFinished | RunFailed:
         """Perform the rounds that are left; each is saved before the next starts.
@@ -120,6 +133,8 @@ class TrainingRun:
                 committed = number
             except QuorumError as error:
                 cause = self._abandon(life, error)
+                if life.is_hopeless:
+                    return RunFailed(self._training.why_not_enough())
                 if number - committed >= self._plan.cohort.max_abandoned_rounds:
                     return RunFailed(_gave_up(number - committed, cause))
         if committed == 0:
@@ -134,7 +149,8 @@ class TrainingRun:
         state = ModelState(initial_parameters(self._plan.task, self._plan.seed))
         evaluation = Evaluation()
         if self._plan.evaluate:
-            cohort = self._recruit(0)
+            groups = self._recruit(0)
+            cohort = [device for devices in groups.values() for device in devices]
             evaluation = self._evaluate(life, state, cohort)
         life.advance(RoundEvent.COHORT_FORMED)
         life.advance(RoundEvent.SUM_RECOVERED)
@@ -144,90 +160,60 @@ class TrainingRun:
     def _perform(self, life: _Round, state: ModelState) -> ModelState:
         """Train one round and commit it; raise QuorumError where it has to be abandoned."""
         quorum = self._plan.cohort.quorum
-        cohort = self._recruit(life.number)
+        trained = self._train(life, state)
+        life.participations, life.cause = trained.participations, trained.cause
+        life.secrecy = trained.secrecy
+        if trained.mean is None or trained.count < quorum:
+            raise QuorumError(life.number, survivors=trained.count, quorum=quorum)
+        life.advance(RoundEvent.SUM_RECOVERED)
+        life.training_sums = dict(trained.sums)
+        following = STRATEGIES[self._plan.strategy](state, trained.mean)
+        if trained.memory:
+            following = replace(following, optimizer={**following.optimizer, **trained.memory})
+        devices = [p.device_id for p in life.participations if p.outcome == "replied"]
+        self._commit(life, following, self._evaluate(life, following, devices))
+        return following
+
+    def _train(self, life: _Round, state: ModelState) -> Trained:
+        """Have a cohort train, or finish what an earlier life of this worker began."""
+        masked = partial(life.advance, RoundEvent.COLLECTION_CLOSED)
+        if self._scratch.load("train", life.number) is not None:
+            life.advance(RoundEvent.COHORT_FORMED)
+            if trained := self._training.resume(life.number, state, on_masked=masked):
+                return trained
+        groups = self._recruit(life.number)
+        cohort = [device for devices in groups.values() for device in devices]
+        quorum = self._plan.cohort.quorum
         if len(cohort) < quorum:
+            life.is_hopeless = bool(self._training.why_not_enough())
             raise QuorumError(life.number, survivors=len(cohort), quorum=quorum, of_what="devices")
         life.advance(RoundEvent.COHORT_FORMED)
         for device in cohort:
             self._times_selected[device] = self._times_selected.get(device, 0) + 1
-        mean = self._collect(life, cohort, state)
-        if mean.count < quorum:
-            raise QuorumError(life.number, survivors=mean.count, quorum=quorum)
-        life.advance(RoundEvent.SUM_RECOVERED)
-        life.training_sums = dict(mean.statistics)
-        following = STRATEGIES[self._plan.strategy](state, mean.mean())
-        trained = [p.device_id for p in life.participations if p.outcome == "replied"]
-        self._commit(life, following, self._evaluate(life, following, trained))
-        return following
+        began_s = self._host.seconds()
+        trained = self._training.train(life.number, groups, state, on_masked=masked)
+        life.trained_s = self._host.seconds() - began_s
+        return trained
 
-    def _recruit(self, number: int) -> tuple[str, ...]:
-        """Wait for devices, and return the cohort: smaller than the quorum if the wait was vain."""
+    def _recruit(self, number: int) -> Groups:
+        """Wait for devices, and return who is asked: fewer than the quorum if the wait was vain."""
         plan, host, roster = self._plan.cohort, self._host, self._roster
         deadline_s = host.seconds() + plan.recruit_deadline_s
         until = host.now() + timedelta(seconds=plan.recruit_deadline_s)
         told: int | None = None
         while True:
             roster.look_around()
-            joined = roster.available()
+            joined = self._training.eligible(roster.available())
             left_s = deadline_s - host.seconds()
             if can_start(len(joined), plan, quiet_s=roster.quiet_s) or left_s <= 0:
                 rng = cohort_rng(self._plan.seed, number)
-                return select_cohort(joined, plan, rng=rng, times_selected=self._times_selected)
+                return self._training.select(joined, rng=rng, times_selected=self._times_selected)
             if told != len(joined):
                 told = len(joined)
                 host.report(
                     WaitingForDevices(joined=told, wanted=wanted_devices(plan), until=until)
                 )
             roster.wait(min(left_s, _LOOK_AROUND_S))
-
-    def _collect(self, life: _Round, cohort: Sequence[str], state: ModelState) -> WeightedMean:
-        """Have ``cohort`` train; return the running sum of the updates, few as they may be."""
-        collection = self._ask_to_train(life, cohort, state)
-        mean = WeightedMean(state.parameters.size)
-
-        def fold(reply: Reply) -> int:
-            if reply.parameters is None:
-                raise PeerError("the reply to a training message holds no parameters")
-            return mean.add(reply.parameters, reply.statistics)
-
-        stage = Stage(
-            self._host, self._roster, self._exchange, round_number=life.number, name="train"
-        )
-        stage.run(collection, fold)
-        now_s = self._host.seconds()
-        life.trained_s = now_s - collection.started_s
-        life.participations = collection.close(now_s)
-        return mean
-
-    def _ask_to_train(self, life: _Round, cohort: Sequence[str], state: ModelState) -> Collection:
-        plan, host = self._plan.cohort, self._host
-        devices = {self._roster.nodes[device]: device for device in cohort}
-        message_ids = self._exchange.ask_to_train(
-            state.parameters,
-            self._plan.training,
-            list(devices),
-            round_number=life.number,
-            seed=training_seed(self._plan.seed, life.number),
-            min_examples=plan.min_examples,
-            ttl_s=plan.round_deadline_s + TTL_MARGIN_S,
-        )
-        host.report(
-            RoundStarted(
-                round_number=life.number,
-                cohort=tuple(cohort),
-                deadline_at=host.now() + timedelta(seconds=plan.round_deadline_s),
-            )
-        )
-        started_s = host.seconds()
-        return Collection(
-            cohort,
-            {devices[node]: message_id for node, message_id in message_ids.items()},
-            wanted=plan.size,
-            needed=plan.quorum,
-            started_s=started_s,
-            deadline_s=started_s + plan.round_deadline_s,
-            bytes_down=state.parameters.nbytes,
-        )
 
     def _evaluate(self, life: _Round, state: ModelState, devices: Sequence[str]) -> Evaluation:
         if not self._plan.evaluate:
@@ -243,7 +229,8 @@ class TrainingRun:
 
     def _commit(self, life: _Round, state: ModelState, evaluation: Evaluation) -> None:
         result = save_state(self._host.blobs, state, round_number=life.number)
-        self._close(life, cause=evaluation.cause, metrics=evaluation.metrics, result=result)
+        cause = "; ".join(filter(None, (life.cause, evaluation.cause)))
+        self._close(life, cause=cause, metrics=evaluation.metrics, result=result)
 
     def _abandon(self, life: _Round, error: QuorumError) -> str:
         """Close the round without a result; return the cause, for people."""
@@ -253,6 +240,7 @@ class TrainingRun:
             for part in life.participations
             if part.outcome not in {"replied", "not-needed"}
         ]
+        lost = [life.cause, *lost] if life.cause else lost
         cause = f"{error} ({'; '.join(lost)})"[:500] if lost else str(error)
         self._close(life, cause=cause)
         return cause
@@ -278,9 +266,11 @@ class TrainingRun:
             training_sums=life.training_sums,
             parameters_sha256=result.parameters_sha256 if result else None,
             optimizer_sha256=result.optimizer_sha256 if result else None,
+            secrecy=life.secrecy,
         )
         self._host.report(RoundClosed(record))
         self._roster.wait_until_saved(life.number)
+        self._scratch.forget_sums()
 
 
 def _with_downloads(
