@@ -12,7 +12,7 @@ from rich.console import Console
 from shared.errors import ConfigError
 from simulations.benchmarks.report import as_json, as_table
 
-BENCHMARKS = ("rounds",)
+BENCHMARKS = ("rounds", "secure-sum", "secure-sum-accuracy")
 
 app = typer.Typer(
     help="Experiments on Shoal: the demo and the benchmarks.",
@@ -56,7 +56,7 @@ def bench(
     """Measure, side by side with the reference; progress goes to standard error."""
     if name not in BENCHMARKS:
         raise ConfigError(f"there is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
-    module = importlib.import_module(f"simulations.benchmarks.{name}")
+    module = importlib.import_module(f"simulations.benchmarks.{name.replace('-', '_')}")
     progress = Console(stderr=True)
     rows = module.run(only=only, quick=quick, progress=progress.print)
     if json:

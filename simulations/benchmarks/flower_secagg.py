@@ -70,20 +70,29 @@ class FlowerSecAgg:
         self._clients[nid] = client
         self._public[nid] = (keys[Key.PUBLIC_KEY_1], keys[Key.PUBLIC_KEY_2])
 
-    def share(self, nid: int) -> float:
-        """Have one client deal its shares; return the seconds it took."""
+    def share(self, nid: int) -> tuple[float, Any]:
+        """Have one client deal its shares; return its seconds and what it says."""
+        client = deepcopy(self._clients[nid])
         keys: Any = {str(peer): list(self._public[peer]) for peer in self._neighbours[nid]}
         begun = time.perf_counter()
-        dealt: Any = _share_keys(self._clients[nid], ConfigRecord(keys))
-        seconds = time.perf_counter() - begun
-        for to, box in zip(dealt[Key.DESTINATION_LIST], dealt[Key.CIPHERTEXT_LIST], strict=True):
-            self._forwarded[to].append((nid, box))
-        return seconds
+        dealt: Any = _share_keys(client, ConfigRecord(keys))
+        return time.perf_counter() - begun, dealt
 
-    def share_all(self, nids: Iterable[int] | None = None) -> None:
-        """Have clients deal their shares."""
-        for nid in self._ids if nids is None else nids:
-            self.share(nid)
+    def share_bytes(self, nid: int) -> int:
+        """Return the size of what one client says when it deals its shares."""
+        content = RecordDict({RECORD_KEY_CONFIGS: ConfigRecord(self.share(nid)[1])})
+        return len(content.deflate()) + sum(
+            len(record.deflate()) for record in content.config_records.values()
+        )
+
+    def share_all(self) -> None:
+        """Have all clients deal their shares, which they keep."""
+        for nid in self._ids:
+            keys: Any = {str(peer): list(self._public[peer]) for peer in self._neighbours[nid]}
+            dealt: Any = _share_keys(self._clients[nid], ConfigRecord(keys))
+            forwards = zip(dealt[Key.DESTINATION_LIST], dealt[Key.CIPHERTEXT_LIST], strict=True)
+            for to, box in forwards:
+                self._forwarded[to].append((nid, box))
 
     def mask(self, nid: int, vector: NDArray[np.float32]) -> tuple[float, list[bytes]]:
         """Have one client mask its vector; return seconds and what it uploads."""

@@ -54,6 +54,37 @@ def row_at_most(
     )
 
 
+def row_at_least(
+    name: str,
+    value: float,
+    unit: str,
+    *,
+    reference: float,
+    least: float,
+    more_is_better: bool = False,
+) -> Row:
+    """Make the row of a measurement whose advantage over the reference is the target.
+
+    Args:
+        name: of the row.
+        value: what was measured.
+        unit: of value and reference.
+        reference: the same measured elsewhere.
+        least: the smallest advantage that meets the target.
+        more_is_better: as with a rate; else less is, as with a time.
+    """
+    ratio = value / reference if more_is_better else reference / max(value, 1e-12)
+    return Row(
+        name=name,
+        value=round(value, 6),
+        unit=unit,
+        reference=round(reference, 6),
+        ratio=round(ratio, 2),
+        target=f">= {least:g} x",
+        ok=ratio >= least,
+    )
+
+
 def as_json(name: str, machine: str, rows: Sequence[Row]) -> str:
     """Return the one JSON object that goes to standard output."""
     return msgspec.json.encode(_Report(name, machine, rows)).decode()
