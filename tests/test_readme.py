@@ -22,7 +22,7 @@ def tutorial() -> str:
     return commands.replace(SETUP, "")
 
 
-def test_the_tutorial_leads_from_two_csv_files_to_a_served_prediction(tmp_path: Path) -> None:
+def test_the_tutorial_leads_from_csv_files_to_a_served_prediction(tmp_path: Path) -> None:
     port = free_port()
     done = subprocess.run(
         ["bash", "-c", PREAMBLE + tutorial().replace(":8470", f":{port}")],
