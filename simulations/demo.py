@@ -22,10 +22,12 @@ from rich.live import Live
 from edge_agent.data_registry import DataRegistry
 from edge_agent.enrolment import is_enrolled
 from edge_agent.local_data import check_data
+from edge_agent.privacy.policy import POLICY_FILE
 from edge_agent.training import evaluate
 from shared.errors import ConfigError, DataError, UnavailableError
-from shared.files import explained_disk_errors, make_folder
+from shared.files import explained_disk_errors, make_folder, write_atomic
 from shared.messages import utc_now
+from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from shared.tasks.examples import Examples
 from shared.tasks.registry import load_task
@@ -38,6 +40,9 @@ from simulations.oip_client import InferenceClient
 from simulations.partition import dirichlet_partition
 
 ALPHA = 0.3
+MIN_COHORT = 5  # what the agents' owners ask of every sum
+POLICY = f"min_cohort = {MIN_COHORT}\nexact_sums = true\n"
+MAX_WEIGHT = 30_000  # examples; an agent that has more counts as if it had so many
 TEST_BATCH = 100
 LATENCY_REQUESTS = 200
 _ENDED = {"finished", "failed", "stopped"}
@@ -61,12 +66,17 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     Raises:
         ShoalError: a step failed or took longer than its deadline; all children are ended.
     """
+    if options.agents < MIN_COHORT:
+        raise ConfigError(
+            f"{options.agents} agents are too few: their owners' policy lets no device into a sum "
+            f"of fewer than {MIN_COHORT} (min_cohort); take --agents {MIN_COHORT} or more"
+        )
     dataset = load_images(options.data)
     console.print(
         f"[bold]Shoal[/]: {options.agents} agents learn [bold]{dataset.title}[/] together "
         f"({len(dataset.train):,} training and {len(dataset.test):,} test images, "
-        f"seed {options.seed}). No image leaves its agent; until secure sums exist, per-device "
-        "parameters and metrics still reach the coordinator."
+        f"seed {options.seed}). No image leaves its agent, and of what the agents learn the "
+        "coordinator only ever sees the sum."
     )
     fleet = LocalFleet(options.home, outlive_us=options.keep)
     try:
@@ -121,7 +131,9 @@ class _Demo:
                     self._give_data(name, parts[name])
         self.console.print(
             f"[green]✓[/] {len(self.names)} agents are enrolled ({len(fresh)} of them now), "
-            "each with its own data"
+            "each with its own data and its owner's policy:\n"
+            f"  min_cohort = {MIN_COHORT}    this device is in no sum of fewer devices\n"
+            "  exact_sums = true  sums without noise are allowed, and counted"
         )
 
     def _deal(self) -> dict[str, Examples]:
@@ -154,6 +166,7 @@ class _Demo:
             np.savez(path, images=part.inputs, labels=part.targets)
         entry = check_data("images", path, self.task, now=utc_now())
         DataRegistry(self.fleet.agent_home(name)).add(entry)
+        write_atomic(self.fleet.agent_home(name) / POLICY_FILE, POLICY.encode())
 
     def _start_agents(self) -> None:
         for name in self.names:
@@ -208,11 +221,9 @@ class _Demo:
             seed=self.options.seed,
             training=TrainingPlan(max_batches=80, batch_size=32, learning_rate=0.02, momentum=0.9),
             cohort=CohortPlan(
-                size=agents,
-                quorum=max(1, agents - 2),
-                recruit_deadline_s=60,
-                round_deadline_s=120,
+                size=agents, quorum=MIN_COHORT, recruit_deadline_s=60, round_deadline_s=120
             ),
+            privacy=PrivacyPlan(at_least=MIN_COHORT - 1, max_weight=MAX_WEIGHT),
         )
 
     def _await_version(self, run: Mapping[str, Any]) -> Mapping[str, Any]:
