@@ -104,10 +104,11 @@ def _check_groups(
             f"{-(-asked * group // size)} devices for one sum, which takes {MAX_ROSTER} at most: "
             "lower either"
         )
-    if not group and privacy.noise == "central" and asked > MAX_ROSTER:
+    if privacy.noise == "central" and (group or asked > MAX_ROSTER):
         raise ConfigError(
-            f"privacy.noise 'central' covers one sum, and cohort.size {size} needs several of at "
-            f"most {MAX_ROSTER}: lower it, or write noise = 'distributed'"
+            f"privacy.noise 'central' is made for the mean of one sum, and cohort.size {size} with "
+            f"aggregation.group_size {group} makes several: ask {MAX_ROSTER} devices at most and "
+            "leave group_size out, or write noise = 'distributed'"
         )
 
 

@@ -20,6 +20,7 @@ from cloud_coordinator.runs.recruitment import InvitationState
 from cloud_coordinator.settings import Settings
 from edge_agent.settings import AgentSettings
 from shared.messages import DOWN, UP, Body, DeploymentState
+from shared.privacy_plan import AggregationPlan, PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -35,9 +36,11 @@ def test_every_setting_is_documented() -> None:
     assert not [setting for setting in wanted if setting not in page("operation.md")]
 
 
-@pytest.mark.parametrize("struct", [RunPlan, TrainingPlan, CohortPlan])
+@pytest.mark.parametrize(
+    "struct", [RunPlan, TrainingPlan, CohortPlan, PrivacyPlan, AggregationPlan]
+)
 def test_every_key_of_a_plan_is_documented(struct: type) -> None:
-    sections = {"training", "cohort"}
+    sections = {"training", "cohort", "privacy", "aggregation"}
     plan = page("operation.md").split("## A plan")[1].split("## Settings")[0]
     keys = set(struct.__struct_fields__) - sections - {"strategy"}  # type: ignore[attr-defined]
     assert not [key for key in keys if f"\n{key} = " not in plan]

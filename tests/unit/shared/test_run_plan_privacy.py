@@ -153,7 +153,13 @@ def test_the_digest_of_a_plan_is_stable() -> None:
             {"size": 257},
             {"noise": "central", "weights": "uniform"},
             {},
-            "privacy.noise 'central' covers one sum, and cohort.size 257 needs several",
+            "privacy.noise 'central' is made for the mean of one sum, and cohort.size 257",
+        ),
+        (
+            {"size": 60},
+            {"noise": "central", "weights": "uniform"},
+            {"group_size": 20, "combine": "median"},
+            "with aggregation.group_size 20 makes several: ask 256 devices at most",
         ),
         (
             {},
