@@ -27,6 +27,7 @@ from shared.secure_sum.config import (
     encode_config,
     survivors_needed,
 )
+from shared.secure_sum.lane_shape import MAIN_TYPES
 from shared.secure_sum.masking import Lanes
 from shared.secure_sum.messages import (
     Boxes,
@@ -109,8 +110,8 @@ def random_lanes(config: SumConfig, rng: np.random.Generator) -> Lanes:
     """Any vector that an honest device might encode to: lanes within the bounds, centred."""
     steps = config.encoding.max_steps
     main = rng.integers(-steps, steps + 1, size=config.encoding.length)
-    width = np.uint16 if config.encoding.lane_bits == 16 else np.uint32
     exact = [rng.integers(0, lane.max_steps + 1) for lane in config.exact_lanes]
+    width: Any = MAIN_TYPES[config.encoding.lane_bits]
     return Lanes(main=main.astype(width), exact=np.array(exact, dtype=np.uint64))
 
 
@@ -151,6 +152,7 @@ class WholeSum:
         vectors: by device: what it sums, before it is masked.
         said: everything that was answered, in order.
         alter: stands between devices and coordinator.
+        rejected: what the coordinator did not take, if ``tolerant``.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class WholeSum:
         threads: int = 1,
         alter: Alter = lambda said: said,
         configs: Mapping[str, SumConfig] | None = None,
-        clients: Mapping[str, SumClient] | None = None,
+        tolerant: bool = False,
     ) -> None:
         self.config = config or config_of()
         self.ids = device_ids(count)
@@ -170,7 +172,7 @@ class WholeSum:
         self.clients = {
             device_id: self.client(device_id, (configs or {}).get(device_id), seed=seed)
             for device_id in self.ids
-        } | dict(clients or {})
+        }
         self.server = SumServer(
             self.config,
             self.digest,
@@ -181,6 +183,7 @@ class WholeSum:
         rng = np.random.default_rng(abs(hash(repr(seed))) % 2**32)
         self.vectors = {device_id: random_lanes(self.config, rng) for device_id in self.ids}
         self.alter, self.said = alter, list[Said]()
+        self._tolerant, self.rejected = tolerant, list[str]()
 
     @property
     def digest(self) -> bytes:
@@ -246,7 +249,9 @@ class WholeSum:
         """Run all stages before this one without a drop; return the question of this one."""
         question: Any = None
         for earlier in STAGES[: STAGES.index(stage)]:
-            question = self.advertise() if earlier == "advertise" else self._stage(earlier, question)
+            question = (
+                self.advertise() if earlier == "advertise" else self._stage(earlier, question)
+            )
         return question
 
     def expected(self, survivors: Sequence[str]) -> Lanes:
@@ -272,7 +277,12 @@ class WholeSum:
         said = self.alter(Said(stage, device_id, question, answer, lanes))
         if said is not None:
             self.said.append(said)
-            take(self.server, said)
+            try:
+                take(self.server, said)
+            except PeerError as error:
+                if not self._tolerant:
+                    raise
+                self.rejected.append(str(error))
 
 
 def take(server: SumServer, said: Said) -> bool:
