@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from shared.errors import DataError
+from edge_agent.privacy.policy import POLICY_FILE, OwnerPolicy
+from shared.errors import DataError, PolicyError
 from shared.messages import Invitation
 from shared.tasks.spec import TaskSpec
 from shared.untrusted import NOT_JSON
@@ -51,18 +52,50 @@ class No:
     reason: str
 
 
-def decide(invitation: Invitation, data: DataFacts | No, *, busy_with: str | None) -> Yes | No:
-    """Answer an invitation; ``busy_with`` is the run that the trainer works for, if any.
+def decide(
+    invitation: Invitation,
+    data: DataFacts | No,
+    policy: OwnerPolicy | No,
+    *,
+    busy_with: str | None,
+) -> Yes | No:
+    """Answer an invitation.
 
     A reason reaches the coordinator, so it says nothing about the data, not even how much there is.
+
+    Args:
+        invitation: what is asked.
+        data: the owner's data for its task, or why there are none.
+        policy: what the owner allows, or why nobody knows; each sum is held to it once more.
+        busy_with: the run that the trainer works for, if any.
     """
     if busy_with not in {None, invitation.run_id}:
         return No(f"this device already takes part in run {busy_with}")
-    if isinstance(data, No):
-        return data
+    for missing in (data, policy):
+        if isinstance(missing, No):
+            return missing
+    assert not isinstance(data, No)
+    assert not isinstance(policy, No)
+    if reason := _forbidden(invitation, policy):
+        return No(reason)
     if data.train_rows < invitation.min_examples:
         return No(f"fewer training examples here than the {invitation.min_examples} asked for")
     return Yes(data.name)
+
+
+def _forbidden(invitation: Invitation, policy: OwnerPolicy) -> str:
+    """Return why the owner does not allow such a run, as far as an invitation tells."""
+    if invitation.mode == "plain":
+        try:
+            policy.check_plain_update()
+        except PolicyError as error:
+            return str(error)
+    elif invitation.min_survivors < policy.min_cohort:
+        return (
+            f"this device's owner has min_cohort = {policy.min_cohort} in {POLICY_FILE}, and the "
+            f"run's sums may be of {invitation.min_survivors} devices"
+        )
+    return ""
 
 
 def agree(

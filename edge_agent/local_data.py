@@ -4,7 +4,7 @@ Loading a task imports torch, so the daemon leaves this module to its children a
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -28,16 +28,19 @@ class LocalData:
     train: Examples
     held_out: Examples  # never trained on, in any run
     digest: str  # of all usable rows, in hex; makes the device's randomness its own
+    task_digest: str = ""  # of the task's spec
+    name: str = ""  # the owner's, in the registry
+    path: str = ""  # absolute; empty where the data lie in no file
 
 
-def read_local_data(path: Path, spec: TaskSpec) -> LocalData:
-    """Load the task and read its data.
+def read_local_data(path: Path, spec: TaskSpec, *, name: str = "") -> LocalData:
+    """Load the task and read its data, which their owner calls ``name``.
 
     Raises:
         ConfigError: the task cannot be loaded here.
         DataError: the data do not fit it.
     """
-    return _read(path, spec)[0]
+    return replace(_read(path, spec)[0], name=name)
 
 
 def check_data(name: str, path: Path, spec: TaskSpec, *, now: datetime) -> DataEntry:
@@ -85,5 +88,12 @@ def _read(path: Path, spec: TaskSpec) -> tuple[LocalData, dict[str, int]]:
     task = load_task(spec)
     intake = read_source(path, task.contract)
     train, held_out = split_held_out(intake.examples)
-    data = LocalData(task, train, held_out, intake.examples.digest())
+    data = LocalData(
+        task,
+        train,
+        held_out,
+        intake.examples.digest(),
+        task_digest=spec.digest,
+        path=str(path.absolute()),
+    )
     return data, dict(intake.skipped)

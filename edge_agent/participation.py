@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_agent.eligibility import DataFacts, KnowsData, No, Yes, decide
+from edge_agent.privacy.policy import POLICY_FILE, OwnerPolicy, read_policy
 from edge_agent.trainer_messages import (
     FromTrainer,
     MessageWaits,
@@ -32,7 +33,7 @@ from edge_agent.trainer_messages import (
     TrainerReplied,
 )
 from shared.child import Child
-from shared.errors import DataError, PeerError, UnavailableError
+from shared.errors import ConfigError, DataError, PeerError, UnavailableError
 from shared.messages import (
     DismissFromRun,
     Invitation,
@@ -220,6 +221,7 @@ class Participation:
         decision = decide(
             invitation,
             self._find(invitation.task),
+            self._allowed(),
             busy_with=part.run_id if part is not None else None,
         )
         if isinstance(decision, Yes):
@@ -247,6 +249,16 @@ class Participation:
             return self._data.find(task)
         except DataError as error:
             return No(str(error))
+
+    def _allowed(self) -> OwnerPolicy | No:
+        try:
+            return read_policy(self._home)
+        except ConfigError as error:
+            logger.warning("%s", error)
+            return No(
+                f"this device's {POLICY_FILE} cannot be read; "
+                "its owner sees why with `shoal-agent policy check`"
+            )
 
     async def _take_part(
         self, invitation: Invitation, decision: Yes, listeners: asyncio.TaskGroup

@@ -70,12 +70,12 @@ def train(
         loss_sum, seen = 0.0, 0
         for rows in _batches(len(examples), plan, np.random.default_rng(seed)):
             if should_stop():
-                raise StoppedError(f"training was stopped after {seen} examples")
+                raise StoppedError("training was stopped")
             inputs, targets = _tensors(task, examples.take(rows), device)
             loss = task.loss(model(inputs), targets)
             mean_loss = float(loss.detach())
             if not math.isfinite(mean_loss):
-                raise _diverged(seen, plan)
+                raise _diverged(plan)
             loss_sum += mean_loss * len(targets)
             seen += len(targets)
             model.zero_grad()
@@ -83,7 +83,7 @@ def train(
             step()
         trained = to_vector(model)
     if not np.isfinite(trained).all():
-        raise _diverged(seen, plan)
+        raise _diverged(plan)
     return Update(trained, len(examples), {"seen": float(seen), "loss_sum": loss_sum})
 
 
@@ -180,8 +180,8 @@ def _has_pictures(task: Task) -> bool:
     return len(task.input.shape) == 4
 
 
-def _diverged(seen: int, plan: TrainingPlan) -> ConfigError:
+def _diverged(plan: TrainingPlan) -> ConfigError:
+    # Said to the coordinator: not after how many examples, of which it would learn how many are.
     return ConfigError(
-        f"training diverged after {seen} examples; "
-        f"lower training.learning_rate (now {plan.learning_rate:g})"
+        f"training diverged; lower training.learning_rate (now {plan.learning_rate:g})"
     )

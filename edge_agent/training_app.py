@@ -1,12 +1,18 @@
-"""The ClientApp: what a device does with a train or an evaluate message.
+"""The ClientApp: what a device does with the messages of a run.
 
 It uses Flower's public Message API only, so the same app runs in our warm trainer, on stock
 SuperNodes and in Flower's simulation engine, and gives the same parameters there.
 
 A train message holds the records ``parameters`` (one float32 vector) and ``plan`` (``json``: a
-`TrainingPlan`; ``round``, ``seed``, ``min_examples``); its reply ``parameters`` and ``metrics``. An
-evaluate message holds ``parameters``, its reply ``metrics``. A device that cannot do what it is
-asked replies with an error whose reason is one sentence, and which tells nothing of the data.
+`TrainingPlan`; ``round``, ``seed``, ``min_examples``); an evaluate message ``parameters``; a
+``query.statistics`` message ``statistics`` (``json``: a `StatisticsQuestion`). With the record
+``sum`` (see secure_messages.py) the result goes into a secure sum: the reply holds a signed answer
+alone, and ``query.mask`` asks for the masked vector. The stages around it, ``query.share``,
+``query.consent`` and ``query.reveal``, come this way where there is no control link.
+
+Without ``sum`` the reply would hold ``parameters`` and ``metrics`` of this one device, and there is
+one only if the owner allows that. A device that cannot do what it is asked replies with an error
+whose reason is one sentence, and which tells nothing of the data.
 """
 
 import functools
@@ -21,17 +27,37 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from edge_agent.contributions import (
+    Contribution,
+    evaluation_contribution,
+    statistics_contribution,
+    training_contribution,
+)
 from edge_agent.data_registry import DataRegistry
+from edge_agent.kept_sums import KeptSums
 from edge_agent.local_data import LocalData, read_local_data
-from edge_agent.training import evaluate, train
+from edge_agent.privacy.sources import DataUse, Part
+from edge_agent.secure_messages import reply_with, sealed_config_in, stage_question_in
+from edge_agent.sum_access import Sums
+from edge_agent.training import Update, evaluate, train
 from shared.errors import ConfigError, DataError, PeerError, ShoalError
+from shared.messages import RelayedStage
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
+from shared.secure_sum.config import Purpose, SumConfig
+from shared.secure_sum.questions import (
+    base_digest_of,
+    evaluation_question,
+    statistics_question,
+    training_question,
+)
+from shared.statistics.questions import StatisticsQuestion
 from shared.tasks.spec import TaskSpec
 from shared.untrusted import NOT_JSON
 
 logger = logging.getLogger(__name__)
 
+_Handler = Callable[[Message, Context], Message]
 REFUSED = 2  # Flower's code for "the ClientApp raised", the nearest there is
 
 
@@ -45,63 +71,201 @@ class TrainRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_client_app(
-    load: Callable[[Context], LocalData], *, should_stop: Callable[[], bool] = lambda: False
+    load: Callable[[Context], LocalData],
+    *,
+    sums_of: Callable[[Context], Sums],
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> ClientApp:
     """Return the app for data that ``load`` finds.
 
     Args:
         load: gives task and data for a context; called for each message, so it should remember.
+        sums_of: gives the device's secure sums for a context; likewise.
         should_stop: asked before each batch; the message is then answered by an error.
     """
-
-    def answer(
-        message: Message, context: Context, work: Callable[[LocalData], RecordDict]
-    ) -> Message:
-        # One thread: the daemon and the inference server need the rest of the machine, and in its
-        # last digits the result depends on the number of threads.
-        torch.set_num_threads(1)
-        try:
-            return Message(work(load(context)), reply_to=message)
-        except ShoalError as error:
-            logger.warning("message refused: %s", error)
-            return Message(Error(REFUSED, str(error)), reply_to=message)
-
+    reached = _Reached(load, sums_of, should_stop)
     app = ClientApp()
-
-    @app.train()
-    def _(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda data: _train(message, data, should_stop))
-
-    @app.evaluate()
-    def _(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda data: _evaluate(message, data))
-
+    app.train()(reached.by(lambda device, message: device.train(message)))
+    app.evaluate()(reached.by(lambda device, message: device.evaluate(message)))
+    app.query("statistics")(reached.by(lambda device, message: device.answer_statistics(message)))
+    app.query("mask")(reached.at_stage(lambda sums, *asked: reply_with(*sums.mask(*asked))))
+    for stage in ("share", "consent", "reveal"):
+        app.query(stage)(reached.at_stage(_answer_of(stage)))
     return app
 
 
-def _train(message: Message, data: LocalData, should_stop: Callable[[], bool]) -> RecordDict:
-    request, plan = _request_in(message.content)
-    if len(data.train) < max(1, request.min_examples):
-        raise DataError(
-            f"this device has {len(data.train)} training examples, "
-            f"the run wants {request.min_examples}"
+def _answer_of(stage: RelayedStage) -> Callable[[Sums, bytes, bytes], RecordDict]:
+    return lambda sums, session, question: reply_with(sums.answer(session, stage, question))
+
+
+class _Reached:
+    """Turns what is to be done for a message into what Flower calls; errors become replies."""
+
+    def __init__(
+        self,
+        load: Callable[[Context], LocalData],
+        sums_of: Callable[[Context], Sums],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._load, self._sums_of, self._should_stop = load, sums_of, should_stop
+
+    def by(self, work: Callable[["_Device", Message], RecordDict]) -> _Handler:
+        """Handle messages about the owner's data."""
+
+        def handle(message: Message, context: Context) -> Message:
+            # One thread: the daemon and the inference server need the rest of the machine, and in
+            # its last digits the result depends on the number of threads.
+            torch.set_num_threads(1)
+            return _reply(message, lambda: work(self._device(context), message))
+
+        return handle
+
+    def at_stage(self, work: Callable[[Sums, bytes, bytes], RecordDict]) -> _Handler:
+        """Handle later stages of secure sums, which need no data any more."""
+
+        def handle(message: Message, context: Context) -> Message:
+            return _reply(
+                message, lambda: work(self._sums_of(context), *stage_question_in(message.content))
+            )
+
+        return handle
+
+    def _device(self, context: Context) -> "_Device":
+        data, sums = self._load(context), self._sums_of(context)
+        return _Device(data, sums, context.run_id, self._should_stop)
+
+
+def _reply(message: Message, work: Callable[[], RecordDict]) -> Message:
+    try:
+        return Message(work(), reply_to=message)
+    except ShoalError as error:
+        logger.warning("message refused: %s", error)
+        cause = str(error)
+    except Exception as error:  # stock Flower would send its text, which may quote local data
+        logger.exception("the client app failed")
+        cause = f"{type(error).__name__} in the client app; see the log on the device"
+    return Message(Error(REFUSED, cause), reply_to=message)
+
+
+class _Device:
+    """What one message meets: the owner's data, and the way out for what is derived from them."""
+
+    def __init__(
+        self, data: LocalData, sums: Sums, flower_run: int, should_stop: Callable[[], bool]
+    ) -> None:
+        self._data, self._sums = data, sums
+        self._run_id = str(flower_run)  # a plain round has no other name here
+        self._should_stop = should_stop
+
+    def train(self, message: Message) -> RecordDict:
+        content = message.content
+        request, plan = _request_in(content)
+        received = _parameters_in(content)
+        if len(self._data.train) < max(1, request.min_examples):
+            raise DataError(
+                f"fewer training examples here than the {request.min_examples} asked for"
+            )
+
+        def update() -> Update:
+            return train(
+                self._data.task,
+                received,
+                self._data.train,
+                plan,
+                seed=device_seed(request.seed, request.round, self._data.digest),
+                should_stop=self._should_stop,
+                device=_torch_device(),
+            )
+
+        sealed = sealed_config_in(content)
+        if sealed is None:
+            self._sums.allow_plain_update(self._run_id, request.round, self._use("train"))
+            trained = update()
+            metrics = MetricRecord({"examples": float(trained.num_examples), **trained.sums})
+            return RecordDict({"parameters": ArrayRecord([trained.parameters]), "metrics": metrics})
+        return self._take_part(
+            sealed,
+            "train",
+            lambda config: training_contribution(config, received, update()),
+            question_digest=training_question(request.json.encode()),
+            base_digest=base_digest_of(received),
+            part="train",
         )
-    update = train(
-        data.task,
-        _parameters_in(message.content),
-        data.train,
-        plan,
-        seed=device_seed(request.seed, request.round, data.digest),
-        should_stop=should_stop,
-        device=_device(),
-    )
-    metrics = MetricRecord({"examples": float(update.num_examples), **update.sums})
-    return RecordDict({"parameters": ArrayRecord([update.parameters]), "metrics": metrics})
 
+    def evaluate(self, message: Message) -> RecordDict:
+        received = _parameters_in(message.content)
+        task = self._data.task
 
-def _evaluate(message: Message, data: LocalData) -> RecordDict:
-    sums = evaluate(data.task, _parameters_in(message.content), data.held_out, device=_device())
-    return RecordDict({"metrics": MetricRecord({**sums})})
+        def sums() -> dict[str, float]:
+            return evaluate(task, received, self._data.held_out, device=_torch_device())
+
+        sealed = sealed_config_in(message.content)
+        if sealed is None:
+            round_number = _round_of(message)
+            self._sums.allow_plain_update(self._run_id, round_number, self._use("held-out"))
+            return RecordDict({"metrics": MetricRecord({**sums()})})
+        return self._take_part(
+            sealed,
+            "evaluate",
+            lambda config: evaluation_contribution(config, sums(), task.statistics),
+            question_digest=evaluation_question(),
+            base_digest=base_digest_of(received),
+            part="held-out",
+        )
+
+    def answer_statistics(self, message: Message) -> RecordDict:
+        sealed = sealed_config_in(message.content)
+        if sealed is None:
+            raise PeerError("statistics leave a device only in a secure sum")
+        text = message.content.config_records.get("statistics", ConfigRecord()).get("json")
+        try:
+            question = msgspec.json.decode(str(text), type=StatisticsQuestion)
+        except NOT_JSON as error:
+            raise PeerError(f"the message asks for no statistics: {error}") from error
+        rows, contract = self._data.train, self._data.task.contract
+        return self._take_part(
+            sealed,
+            "statistics",
+            lambda config: statistics_contribution(config, question, contract, rows),
+            question_digest=statistics_question(str(text).encode()),
+            base_digest=None,
+            part="train",
+        )
+
+    def _take_part(
+        self,
+        sealed_config: bytes,
+        purpose: Purpose,
+        contribute: Callable[[SumConfig], Contribution],
+        *,
+        question_digest: str,
+        base_digest: str | None,
+        part: Part,
+    ) -> RecordDict:
+        """Open the sum, make the vector, and reply with an answer that says nothing of it."""
+        opened = self._sums.open(
+            sealed_config,
+            task_digest=self._data.task_digest,
+            question_digest=question_digest,
+            base_digest=base_digest,
+            data=self._use(part),
+        )
+        if opened.config.purpose != purpose:
+            reason = f"a sum to {opened.config.purpose} came with a message to {purpose}"
+            return reply_with(self._sums.decline(opened, reason))
+        try:
+            made = contribute(opened.config)
+        except ShoalError as error:
+            logger.warning("declined: %s", error)
+            return reply_with(self._sums.decline(opened, str(error)))
+        except Exception:
+            self._sums.decline(opened, "this device failed")
+            raise
+        return reply_with(self._sums.advertise(opened, made.vector, made.exact))
+
+    def _use(self, part: Part) -> DataUse:
+        data = self._data
+        return self._sums.data_use(name=data.name, path=data.path, digest=data.digest, part=part)
 
 
 def device_seed(seed: int, round_number: int, digest: str) -> int:
@@ -113,7 +277,7 @@ def device_seed(seed: int, round_number: int, digest: str) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8]) >> 1  # torch takes 63 bits
 
 
-def _device() -> str:
+def _torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -127,6 +291,12 @@ def _parameters_in(content: RecordDict) -> Vector:
     return vector
 
 
+def _round_of(message: Message) -> int:
+    """Return the number that the rounds give as the group of their messages."""
+    group = message.metadata.group_id
+    return int(group) if group.isdecimal() else 0
+
+
 def _request_in(content: RecordDict) -> tuple[TrainRequest, TrainingPlan]:
     record = content.config_records.get("plan", ConfigRecord())
     try:
@@ -134,6 +304,14 @@ def _request_in(content: RecordDict) -> tuple[TrainRequest, TrainingPlan]:
         return request, msgspec.json.decode(request.json, type=TrainingPlan)
     except NOT_JSON as error:
         raise PeerError(f"the training plan in the message does not fit: {error}") from error
+
+
+def home_of(context: Context) -> Path:
+    """Return the agent's home; raise ConfigError where the node's configuration lacks ``home``."""
+    home = context.node_config.get("home")
+    if not home:
+        raise ConfigError("the node's configuration names no home; give --node-config 'home=\"…\"'")
+    return Path(str(home))
 
 
 def load_from_home(context: Context) -> LocalData:
@@ -148,14 +326,12 @@ def load_from_home(context: Context) -> LocalData:
         PeerError: the run names no task.
         DataError: the owner gave no such data to exactly this task, or they broke.
     """
-    home = context.node_config.get("home")
-    if not home:
-        raise ConfigError("the node's configuration names no home; give --node-config 'home=\"…\"'")
+    home = home_of(context)
     try:
         task = msgspec.json.decode(str(context.run_config.get("task")), type=TaskSpec)
     except NOT_JSON as error:
         raise PeerError("the run names no task; start it through Shoal") from error
-    entry = DataRegistry(Path(str(home))).find(task)
+    entry = DataRegistry(home).find(task)
     wanted = context.node_config.get("data", entry.name)
     if entry.name != wanted:
         raise DataError(f"data {wanted!r} do not serve task {task.name!r}")
@@ -166,7 +342,7 @@ def load_from_home(context: Context) -> LocalData:
 @functools.lru_cache(maxsize=1)  # a trainer serves one run
 def _read_once(path: str, name: str, task: bytes) -> LocalData:
     try:
-        return read_local_data(Path(path), msgspec.json.decode(task, type=TaskSpec))
+        return read_local_data(Path(path), msgspec.json.decode(task, type=TaskSpec), name=name)
     except DataError as error:
         logger.warning("data %r cannot be read: %s", name, error)
         raise DataError(
@@ -175,4 +351,9 @@ def _read_once(path: str, name: str, task: bytes) -> LocalData:
         ) from error
 
 
-app = build_client_app(load_from_home)
+def _kept_sums(context: Context) -> KeptSums:
+    return KeptSums(home_of(context))
+
+
+# For stock SuperNodes, by its name; our own trainer builds one around sums of its own process.
+app = build_client_app(load_from_home, sums_of=_kept_sums)

@@ -28,6 +28,7 @@ DOORS = {
     ),
     "flwr": (
         "edge_agent/training_app.py",
+        "edge_agent/secure_messages.py",
         "edge_agent/flower_node.py",
         "cloud_coordinator/flower/",
         "cloud_coordinator/rounds/exchange.py",

@@ -27,3 +27,8 @@ def training_question(plan: bytes) -> str:
 def evaluation_question() -> str:
     """Return the digest of "measure these parameters on held-out rows", which has no options."""
     return hashlib.sha256(b"shoal question v1: evaluate\0").hexdigest()
+
+
+def statistics_question(question: bytes) -> str:
+    """Return the digest of "what are your rows like": the question's JSON as it travels."""
+    return hashlib.sha256(b"shoal question v1: statistics\0" + question).hexdigest()

@@ -1,6 +1,9 @@
 from dataclasses import dataclass
 
+import msgspec
+
 from edge_agent.eligibility import No, Yes, decide
+from edge_agent.privacy.policy import OwnerPolicy
 from shared.messages import Invitation
 from shared.tasks.spec import TaskSpec
 
@@ -18,27 +21,56 @@ INVITATION = Invitation(
     min_examples=100,
     superlink_address="127.0.0.1:1",
     lease_s=60,
+    mode="secure",
+    min_survivors=20,
 )
+STRICT = OwnerPolicy()
 
 
 def test_an_idle_device_with_enough_data_says_yes() -> None:
-    assert decide(INVITATION, Rows("mine", 100), busy_with=None) == Yes("mine")
+    assert decide(INVITATION, Rows("mine", 100), STRICT, busy_with=None) == Yes("mine")
 
 
 def test_the_run_it_works_for_may_invite_it_again() -> None:
-    assert decide(INVITATION, Rows("mine", 100), busy_with="run-1") == Yes("mine")
+    assert decide(INVITATION, Rows("mine", 100), STRICT, busy_with="run-1") == Yes("mine")
 
 
 def test_a_busy_device_says_no_and_names_the_other_run() -> None:
-    decision = decide(INVITATION, Rows("mine", 100), busy_with="run-0")
+    decision = decide(INVITATION, Rows("mine", 100), STRICT, busy_with="run-0")
     assert decision == No("this device already takes part in run run-0")
 
 
 def test_a_device_without_data_passes_on_the_reason() -> None:
     reason = No("no data for task 'digits'")
-    assert decide(INVITATION, reason, busy_with=None) == reason
+    assert decide(INVITATION, reason, STRICT, busy_with=None) == reason
 
 
 def test_a_device_with_too_little_data_says_no_but_not_how_little() -> None:
-    decision = decide(INVITATION, Rows("mine", 99), busy_with=None)
+    decision = decide(INVITATION, Rows("mine", 99), STRICT, busy_with=None)
     assert decision == No("fewer training examples here than the 100 asked for")
+
+
+def test_a_run_of_single_updates_needs_the_owner_s_word() -> None:
+    plain = msgspec.structs.replace(INVITATION, mode="plain", min_survivors=0)
+    generous = OwnerPolicy(individual_updates=True)
+
+    refused = decide(plain, Rows("mine", 100), STRICT, busy_with=None)
+    assert isinstance(refused, No)
+    assert "individual_updates = false in policy.toml" in refused.reason
+    assert decide(plain, Rows("mine", 100), generous, busy_with=None) == Yes("mine")
+
+
+def test_sums_of_fewer_devices_than_the_owner_wants_are_declined_with_both_numbers() -> None:
+    few = msgspec.structs.replace(INVITATION, min_survivors=17)
+
+    decision = decide(few, Rows("mine", 100), STRICT, busy_with=None)
+
+    assert decision == No(
+        "this device's owner has min_cohort = 18 in policy.toml, and the run's sums may be of "
+        "17 devices"
+    )
+
+
+def test_a_policy_that_cannot_be_read_allows_nothing() -> None:
+    reason = No("this device's policy.toml cannot be read")
+    assert decide(INVITATION, Rows("mine", 100), reason, busy_with=None) == reason

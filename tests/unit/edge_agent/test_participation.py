@@ -136,6 +136,8 @@ def invitation(
         min_examples=min_examples,
         superlink_address="127.0.0.1:1",
         lease_s=60,
+        mode="secure",
+        min_survivors=18,
     )
 
 
@@ -300,6 +302,22 @@ async def test_a_trainer_that_talks_nonsense_is_ended(agent: Fixture) -> None:
     await agent.until_that(
         lambda said: any(isinstance(b, LeftRun) and "this is no message" in b.cause for b in said)
     )
+
+
+async def test_an_owner_s_policy_is_asked_anew_for_each_invitation(
+    agent: Fixture, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    for text, sentence in (
+        ("min_cohort = 19", "min_cohort = 19 in policy.toml"),
+        ("min_cohort = 'many'", "`shoal-agent policy check`"),
+    ):
+        policy.write_text(text)
+        agent.part.invite(invitation(), message_id="i")
+        await agent.until_that(lambda said, words=sentence: words in str(said))  # type: ignore[misc]
+    policy.unlink()
+    agent.part.invite(invitation(), message_id="k")
+    await agent.until(joined())
 
 
 async def test_a_trainer_that_cannot_start_is_a_no(tmp_path: Path) -> None:

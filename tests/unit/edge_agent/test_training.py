@@ -164,7 +164,7 @@ def test_training_stops_between_batches_when_asked(digits: Examples) -> None:
     task = digits_task()
     answers = iter([False, False, True])
 
-    with pytest.raises(StoppedError, match="stopped after 64 examples"):
+    with pytest.raises(StoppedError, match=r"^training was stopped$"):
         train(
             task,
             start_of(task),
@@ -180,7 +180,7 @@ def test_diverged_training_says_which_setting_to_lower() -> None:
 
     with pytest.raises(
         ConfigError,
-        match=r"^training diverged after \d+ examples; lower training.learning_rate \(now 50\)$",
+        match=r"^training diverged; lower training.learning_rate \(now 50\)$",
     ):
         train(task, start_of(task), line_examples(100), plan, seed=0)
 
@@ -190,7 +190,7 @@ def test_divergence_in_the_very_last_step_is_no_update() -> None:
     task = line_task(features=[{"name": "x", "mean": 0.0, "scale": 1e-25}])
     start = np.array([1e-7, 0], np.float32)
 
-    with pytest.raises(ConfigError, match="diverged after 4 examples"):
+    with pytest.raises(ConfigError, match="training diverged"):
         train(task, start, line_examples(4), TrainingPlan(), seed=0)
 
 

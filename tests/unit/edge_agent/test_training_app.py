@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from edge_agent.data_registry import DataRegistry
 from edge_agent.local_data import LocalData, check_data
+from edge_agent.sum_access import NoOwner
 from edge_agent.training import evaluate, train
 from edge_agent.training_app import app, build_client_app, device_seed, load_from_home
 from shared.errors import DataError
@@ -30,6 +31,7 @@ from shared.tasks.registry import load_task
 from shared.tasks.spec import TaskSpec
 from shared.tasks.task import seeded_model
 from shared.tasks.vectors import to_vector
+from tests.enrolled_homes import ALL_MAY_LEAVE, enrol_homes
 
 LINE = TaskSpec(
     "line",
@@ -59,6 +61,7 @@ def home(tmp_path: Path) -> Path:
     (tmp_path / "line.csv").write_text(f"x,y\n{rows}\n")
     entry = check_data("mine", tmp_path / "line.csv", LINE, now=datetime(2026, 11, 1, tzinfo=UTC))
     DataRegistry(tmp_path).add(entry)
+    enrol_homes({"edge-1": tmp_path}, policy=ALL_MAY_LEAVE)
     return tmp_path
 
 
@@ -85,6 +88,10 @@ def train_message(
     )
     content = RecordDict({"parameters": ArrayRecord([parameters]), "plan": plan})
     return Message(content, 2, "train")
+
+
+def no_owner(_: Context) -> NoOwner:
+    return NoOwner()
 
 
 def parameters_in(reply: Message) -> Vector:
@@ -142,6 +149,7 @@ def test_the_reply_does_not_depend_on_where_the_data_lie(home: Path, tmp_path: P
     (elsewhere / "copy.csv").write_bytes((home / "line.csv").read_bytes())
     entry = check_data("copy", elsewhere / "copy.csv", LINE, now=datetime(2026, 11, 1, tzinfo=UTC))
     DataRegistry(elsewhere).add(entry)
+    enrol_homes({"edge-2": elsewhere}, policy=ALL_MAY_LEAVE)
 
     here = app(train_message(), context_of(home))
     there = app(train_message(), context_of(elsewhere, data="copy"))
@@ -176,10 +184,28 @@ def failure_of(reply: Message) -> str:
     return reason
 
 
-def test_a_device_with_too_few_examples_says_how_many_it_has(home: Path) -> None:
+def test_a_device_with_too_few_examples_says_so_but_not_how_many_it_has(home: Path) -> None:
     reply = app(train_message(min_examples=1000), context_of(home))
 
-    assert "training examples, the run wants 1000" in failure_of(reply)
+    assert failure_of(reply) == "fewer training examples here than the 1000 asked for"
+
+
+def test_nothing_leaves_in_plain_rounds_unless_the_owner_allows_it(home: Path) -> None:
+    (home / "policy.toml").unlink()
+    evaluation = Message(RecordDict({"parameters": ArrayRecord([START])}), 2, "evaluate")
+
+    for message in (train_message(), evaluation):
+        reason = failure_of(app(message, context_of(home)))
+        assert "individual_updates = false in policy.toml" in reason
+
+
+def test_an_error_in_the_task_s_own_code_is_not_told_in_its_words() -> None:
+    def load(_: Context) -> LocalData:
+        raise ValueError("row 17 says 'secret'")
+
+    reply = build_client_app(load, sums_of=no_owner)(train_message(), context_of(Path("nowhere")))
+
+    assert failure_of(reply) == "ValueError in the client app; see the log on the device"
 
 
 def test_a_run_about_another_task_is_refused(home: Path) -> None:
@@ -260,18 +286,18 @@ def test_a_node_without_a_home_is_told_what_to_write(home: Path) -> None:
 
 
 def test_training_that_is_told_to_stop_is_answered_with_that(home: Path) -> None:
-    stopping = build_client_app(load_from_home, should_stop=lambda: True)
+    stopping = build_client_app(load_from_home, sums_of=no_owner, should_stop=lambda: True)
 
-    assert "training was stopped after 0 examples" in failure_of(
-        stopping(train_message(), context_of(home))
-    )
+    assert failure_of(stopping(train_message(), context_of(home))) == "training was stopped"
 
 
 def test_a_simulation_may_bring_its_own_data() -> None:
     task = load_task(LINE)
     x = np.linspace(-1, 1, 50, dtype=np.float32)
     examples = Examples(x[:, np.newaxis], 3 * x + 1)
-    client = build_client_app(lambda _: LocalData(task, examples, examples, examples.digest()))
+    client = build_client_app(
+        lambda _: LocalData(task, examples, examples, examples.digest()), sums_of=no_owner
+    )
 
     reply = client(train_message(to_vector(seeded_model(task, 0))), context_of(Path("nowhere")))
 
@@ -282,6 +308,6 @@ def test_a_loader_that_finds_nothing_is_an_answer_too() -> None:
     def load(_: Context) -> LocalData:
         raise DataError("no data for task 'line'")
 
-    reply = build_client_app(load)(train_message(), context_of(Path("nowhere")))
+    reply = build_client_app(load, sums_of=no_owner)(train_message(), context_of(Path("nowhere")))
 
     assert failure_of(reply) == "no data for task 'line'"
