@@ -270,8 +270,12 @@ class SecureSums:
         with self._lock:
             answer = self._answer(session, "mask", question, lambda s: self._mask(s, question))
             known = self._sessions.get(session)
-            is_said = known is not None and known.said.get("mask", (b"", b""))[1] == answer
-            return answer, known.lanes if known is not None and is_said else None
+            if known is None or known.said.get("mask", (b"", b""))[1] != answer:
+                return answer, None
+            if known.lanes is None:
+                digest = known.opened.config_digest
+                return self._refusal(session, digest, "mask", "the sum was unmasked already"), None
+            return answer, known.lanes
 
     def allow_plain_update(self, run_id: str, round_number: int, data: DataUse) -> None:
         """Book an update that leaves by itself, in no sum; durable when it returns.

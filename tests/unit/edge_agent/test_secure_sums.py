@@ -731,6 +731,9 @@ def test_a_vector_is_dropped_when_it_left_and_lanes_when_they_were_unmasked(
     session.consent()
     session.reveal()
     assert known.lanes is None
+    answer, lanes = sums["edge-1"].mask(config.session, session.questions["edge-1", "mask"])
+    assert refusal(answer) == "the sum was unmasked already"
+    assert lanes is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
