@@ -1,5 +1,6 @@
 """What exists is documented: settings, routes, messages and states."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 
@@ -64,3 +65,11 @@ def test_every_message_is_documented(body: type[Body]) -> None:
 )
 def test_every_state_is_documented(states: type[StrEnum]) -> None:
     assert not [state for state in states if f"`{state.value}`" not in page("control.md")]
+
+
+def test_every_test_that_the_threat_table_names_exists() -> None:
+    tests = Path(__file__).parent
+    code = "".join(path.read_text(encoding="utf-8") for path in tests.rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page("privacy.md")))
+    assert named
+    assert not [name for name in sorted(named) if f"def {name}(" not in code]
