@@ -278,7 +278,7 @@ class SecureSums:
             return answer, known.lanes
 
     def allow_plain_update(self, run_id: str, round_number: int, data: DataUse) -> None:
-        """Book an update that leaves by itself, in no sum; durable when it returns.
+        """Book an update or a measurement that leaves by itself; durable when it returns.
 
         Raises:
             PolicyError: the owner does not allow it, or as many as allowed have left.
@@ -290,7 +290,7 @@ class SecureSums:
             session=None,
             run_id=run_id,
             round_number=round_number,
-            purpose="train",
+            purpose="train" if data.part == "train" else "evaluate",
             kind="plain",
             curve=None,
         )

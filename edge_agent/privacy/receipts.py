@@ -14,7 +14,7 @@ from edge_agent.privacy.sources import Part
 _WHAT = {
     "noised": ("sum with noise", "sums with noise"),
     "exact": ("exact sum", "exact sums"),
-    "plain": ("update by itself", "updates by themselves"),
+    "plain": ("contribution in no sum", "contributions in no sum"),
 }
 _PURPOSE = {"train": "training", "evaluate": "evaluation", "statistics": "statistics"}
 

@@ -151,7 +151,7 @@ def test_one_exact_sum_ends_the_claim_of_all_noised_ones(fleet: Fleet) -> None:
 
 def test_an_update_by_itself_is_told_too(fleet: Fleet) -> None:
     shown = shoal_agent(take_part(fleet, plain=True), "privacy", "show")
-    assert "1 update by itself for training in run run-9, round 4" in shown
+    assert "1 contribution in no sum for training in run run-9, round 4" in shown
     assert "no ε claim" in shown
 
 

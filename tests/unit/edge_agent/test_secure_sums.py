@@ -795,6 +795,11 @@ def test_an_update_by_itself_leaves_only_with_permission_and_is_booked(
         device.allow_plain_update("run-1", 1, data_of(device))
     write_policy(fleet, "individual_updates = true\nmax_exact_sums = 1")
     device.allow_plain_update("run-1", 1, data_of(device))
-    assert ledger(fleet, "SELECT kind, run_id FROM charges") == [("plain", "run-1")]
+    device.allow_plain_update("run-1", 1, dataclasses.replace(data_of(device), part="held-out"))
+    booked = ledger(fleet, "SELECT kind, run_id, purpose, part FROM charges ORDER BY number")
+    assert booked == [
+        ("plain", "run-1", "train", "train"),
+        ("plain", "run-1", "evaluate", "held-out"),
+    ]
     with pytest.raises(PolicyError, match="max_exact_sums = 1"):
         device.allow_plain_update("run-1", 2, data_of(device))
