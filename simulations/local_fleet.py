@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import httpx
 
+from edge_agent.privacy.policy import POLICY_FILE
 from shared.child import die_with_parent
 from shared.errors import UnavailableError
-from shared.files import make_folder
+from shared.files import make_folder, write_private
 
 T = TypeVar("T")
 _STOP_DEADLINE_S = 20.0
@@ -120,13 +121,21 @@ class LocalFleet:
             raise UnavailableError(f"{' '.join(argv[:3])} failed: {done.stderr.strip()}")
         return done.stdout
 
-    def enroll(self, name: str, token: str) -> None:
-        """Enrol agent ``name`` under its own name."""
+    def enroll(self, name: str, token: str, *, policy: str = "") -> None:
+        """Enrol agent ``name`` under its own name.
+
+        Args:
+            name: names its home as well.
+            token: lets it in.
+            policy: what its owner writes into ``policy.toml``; with nothing the defaults hold.
+        """
         home = str(self.agent_home(name))
         self.command(
             "edge_agent", "enroll", "--home", home, "--coordinator", self.api_url,
             "--token", token, "--name", name,
         )  # fmt: skip
+        if policy:
+            write_private(self.agent_home(name) / POLICY_FILE, policy.encode())
 
     @property
     def api_url(self) -> str:

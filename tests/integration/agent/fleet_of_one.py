@@ -17,6 +17,7 @@ import msgspec
 from cloud_coordinator.broker import BrokerPlan, start_broker
 from edge_agent.data_registry import DataEntry, DataRegistry
 from edge_agent.enrolment import _load_or_create_node_key
+from edge_agent.privacy.policy import POLICY_FILE
 from shared.child import Child
 from shared.enrolment import REPLY_PAYLOAD_TYPE, EnrolmentReply
 from shared.listening import free_port
@@ -61,6 +62,7 @@ def make_home(
         superlink_ca_pem="",
         fleet_key=str(command_key.public),
     )
+    (home / POLICY_FILE).write_text("individual_updates = true\n")
     (home / "command-key-id").write_text(command_key.public.key_id)
     (home / "enrolment.json").write_bytes(
         seal(msgspec.json.encode(reply), payload_type=REPLY_PAYLOAD_TYPE, key=command_key)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge_agent.data_registry import DataRegistry
 from edge_agent.local_data import check_data, read_task_spec
 from shared.messages import utc_now
+from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from simulations.datasets import ImageDataset, load_digits_images
 from simulations.local_fleet import LocalFleet
@@ -45,7 +46,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataset) -> Ite
         start_coordinator(fleet)
         token = fleet.post("/v1/tokens", {"uses": len(AGENTS), "ttl_s": 600})["token"]
         for index, name in enumerate(AGENTS):
-            fleet.enroll(name, token)
+            fleet.enroll(name, token, policy="individual_updates = true\n")
             give_digits(fleet, name, digits, np.arange(index, len(digits.train), len(AGENTS)))
             fleet.start_agent(name, "--inference-port", "0")
         yield fleet
@@ -78,6 +79,7 @@ def plan(digits: ImageDataset, *, rounds: int, name: str = "digits") -> Mapping[
             task=digits.task(name="digits", model="small-cnn"),
             rounds=rounds,
             seed=3,
+            privacy=PrivacyPlan(mode="plain"),
             training=TrainingPlan(epochs=2, batch_size=16, learning_rate=0.05),
             cohort=CohortPlan(size=2, quorum=2, recruit_deadline_s=90, round_deadline_s=60),
         )
@@ -232,6 +234,7 @@ def test_a_task_of_one_s_own_is_learned_exported_and_served(
         name="moons",
         task=spec,
         rounds=4,
+        privacy=PrivacyPlan(mode="plain"),
         training=TrainingPlan(epochs=15),
         cohort=CohortPlan(size=2, quorum=2, recruit_deadline_s=90),
     )

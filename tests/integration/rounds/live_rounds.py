@@ -51,8 +51,10 @@ from shared.child import Child
 from shared.errors import UnavailableError
 from shared.messages import utc_now
 from shared.parameters import Vector
+from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from shared.tasks.spec import TaskSpec
+from tests.enrolled_homes import ALL_MAY_LEAVE, enrol_homes
 
 DEADLINE_S = 90.0
 DEVICES = ("edge-0", "edge-1", "edge-2")
@@ -72,6 +74,7 @@ def digits_plan(*, rounds: int, epochs: int = 1) -> RunPlan:
     return RunPlan(
         name="digits",
         task=TASK,
+        privacy=PrivacyPlan(mode="plain"),
         rounds=rounds,
         training=TrainingPlan(epochs=epochs, learning_rate=0.02),
         cohort=CohortPlan(
@@ -152,6 +155,7 @@ class LiveRounds:
         key_path = home / "node.pem"
         key_path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
         public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        enrol_homes({name: home}, policy=ALL_MAY_LEAVE)
         DataRegistry(home).add(check_data("digits", data, TASK, now=utc_now()))
         node_id = await self.superlink.register_node(public.decode(), name)
         child = await Child.start(
@@ -240,7 +244,7 @@ class LiveRounds:
             match message:
                 case TrainerJoined():
                     device.joined.set_result(None)
-                case TrainerReplied(message_id) if self.worker is not None:
+                case TrainerReplied(message_id=message_id) if self.worker is not None:
                     await self.worker.send(ReplyWaits(message_id))
                 case TrainerFailed(cause):
                     device.joined.set_exception(UnavailableError(cause))

@@ -15,6 +15,7 @@ from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.rounds.local_host import LocalHost
 from cloud_coordinator.rounds.training_rounds import build_server_app
 from edge_agent.local_data import LocalData, read_local_data
+from edge_agent.sum_access import NoOwner
 from edge_agent.training_app import build_client_app
 from tests.integration.rounds.live_rounds import DEVICES, TASK, digits_plan
 
@@ -33,7 +34,7 @@ def main() -> None:
     host = LocalHost(digits_plan(rounds=rounds), BlobStore(home / "blobs"))
     run_simulation(
         server_app=build_server_app(host),
-        client_app=build_client_app(load),
+        client_app=build_client_app(load, sums_of=lambda _: NoOwner()),
         num_supernodes=len(DEVICES),
         backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}},
     )
