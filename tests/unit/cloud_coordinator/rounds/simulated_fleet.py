@@ -8,14 +8,22 @@ own node id.
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -26,6 +34,9 @@ from cloud_coordinator.rounds.checkpoint import load_state
 from cloud_coordinator.rounds.host import HostEvent, Report
 from cloud_coordinator.rounds.training_rounds import build_server_app
 from cloud_coordinator.rounds.worker_messages import (
+    AskDevices,
+    ConfigsSigned,
+    DeviceAnswered,
     DeviceJoined,
     DeviceLeft,
     NudgeDevices,
@@ -36,13 +47,18 @@ from cloud_coordinator.rounds.worker_messages import (
     RoundSaved,
     RunFailed,
     RunFinished,
+    SignConfigs,
     StopRun,
 )
+from shared.errors import ShoalError
 from shared.membership import Member
 from shared.parameters import Vector
-from shared.privacy_plan import PrivacyPlan
+from shared.privacy_plan import AggregationPlan, PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
+from shared.secure_sum.config import CONFIG_PAYLOAD_TYPE
+from shared.signing import SigningKey, seal
 from shared.tasks.spec import TaskSpec
+from tests.unit.cloud_coordinator.rounds.simulated_sums import SumPart, encoded
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 SUPERLINK = 1
@@ -59,7 +75,18 @@ TASK = TaskSpec(
 SIZE = 4  # parameters of that task's linear model
 
 
-def plan_of(*, rounds: int = 2, evaluate: bool = False, seed: int = 7, **cohort: Any) -> RunPlan:
+PLAIN = PrivacyPlan(mode="plain")
+
+
+def plan_of(
+    *,
+    rounds: int = 2,
+    evaluate: bool = False,
+    seed: int = 7,
+    privacy: PrivacyPlan = PLAIN,
+    aggregation: AggregationPlan | None = None,
+    **cohort: Any,
+) -> RunPlan:
     return RunPlan(
         name="pumps",
         task=TASK,
@@ -67,7 +94,8 @@ def plan_of(*, rounds: int = 2, evaluate: bool = False, seed: int = 7, **cohort:
         evaluate=evaluate,
         seed=seed,
         training=TrainingPlan(),
-        privacy=PrivacyPlan(mode="plain"),
+        privacy=privacy,
+        aggregation=aggregation or AggregationPlan(),
         cohort=CohortPlan(**cohort),
     )
 
@@ -88,8 +116,19 @@ class SimulatedDevice:
     answers_twice: bool = False
     refused: bool = False  # the SuperLink takes no messages for it
     alter: Callable[[RecordDict], None] = lambda _: None  # what it does to its reply
+    stage_s: float = 0.01  # it takes for each later stage of a secure sum
+    silent_at: str = ""  # from this stage of a secure sum on it says nothing any more
+    loses: set[str] = field(default_factory=set)  # stages whose first question gets lost
+
+    def __post_init__(self) -> None:
+        self.sums = SumPart(self.name)
 
     def answer(self, message: Message) -> RecordDict:
+        kind = message.metadata.message_type
+        if kind.startswith("query."):
+            return self._answer_stage(kind.removeprefix("query."), message)
+        if "sum" in message.content.config_records:
+            return self._take_part(message)
         parameters = message.content.array_records["parameters"].to_numpy_ndarrays()[0]
         if message.metadata.message_type == "train":
             trained = (parameters + self.target) / 2
@@ -113,6 +152,50 @@ class SimulatedDevice:
         self.alter(content)
         return content
 
+    def _take_part(self, message: Message) -> RecordDict:
+        parameters = message.content.array_records["parameters"].to_numpy_ndarrays()[0]
+        sealed = message.content.config_records["sum"]["config"]
+        assert isinstance(sealed, bytes)
+        if message.metadata.message_type == "train":
+            vector = (self.target - parameters) / 2
+            exact = {
+                "examples": self.examples,
+                "seen": self.examples,
+                "loss_sum": self.examples / 2,
+            }
+            exact["unclipped"] = 1.0
+        else:
+            vector = np.zeros(0, np.float32)
+            distance = float(np.abs(parameters - self.target).sum())
+            exact = {
+                "examples": self.examples,
+                "loss_sum": self.examples * distance,
+                "correct": self.examples / (1 + distance),
+            }
+        content = RecordDict(
+            {"sum": ConfigRecord({"answer": encoded(self.sums.advertise(sealed, vector, exact))})}
+        )
+        self.alter(content)
+        return content
+
+    def _answer_stage(self, stage: str, message: Message) -> RecordDict:
+        record = message.content.config_records["sum"]
+        session, question = record["session"], record["question"]
+        assert isinstance(session, bytes)
+        assert isinstance(question, bytes)
+        answer, lanes = self.sums.answer_with_lanes(session, stage, question)
+        content = RecordDict({"sum": ConfigRecord({"answer": encoded(answer)})})
+        if lanes is not None:
+            content["lanes"] = ArrayRecord([lanes.main])
+            content["exact"] = ArrayRecord([lanes.exact])
+        self.alter(content)
+        return content
+
+    def is_silent_at(self, stage: str) -> bool:
+        """Whether it has stopped to answer by this stage."""
+        order = ["train", "evaluate", "share", "mask", "consent", "reveal"]
+        return bool(self.silent_at) and order.index(stage) >= order.index(self.silent_at)
+
 
 class SimulatedFleet(Grid):
     """The Grid, and with `host` the coordinator around the rounds."""
@@ -124,6 +207,14 @@ class SimulatedFleet(Grid):
             name: SimulatedDevice(name, 100 + i, rng.normal(size=SIZE).astype(np.float32))
             for i, name in enumerate(f"edge-{i}" for i in range(devices))
         }
+        self.command_key = SigningKey.generate()
+        self.members = {
+            name: Member(name, device.sums.identity.public, EPOCH)
+            for name, device in self.devices.items()
+        }
+        for device in self.devices.values():
+            device.sums.members, device.sums.trusted = self.members, self.command_key.public
+        self.asked: list[AskDevices] = []
         self.now_s = 0.0
         self.pushed: list[Message] = []
         self.pulled_again: list[str] = []
@@ -154,11 +245,41 @@ class SimulatedFleet(Grid):
 
     def join(self, *names: str) -> None:
         for name in names or self.devices:
-            self.events.append(DeviceJoined(name, self.devices[name].node_id))
+            key = str(self.members[name].key) if name in self.members else ""
+            self.events.append(
+                DeviceJoined(
+                    name, self.devices[name].node_id, identity_key=key, membership_version=1
+                )
+            )
 
     def leave(self, name: str, cause: str = "went offline") -> None:
         self.devices[name].dead = True
         self.events.append(DeviceLeft(name, cause))
+
+    def restart(self) -> None:
+        """End this life of SuperLink and worker; the devices' processes live on."""
+        self._due.clear()
+        self._waiting.clear()
+        self._replies.clear()
+        self.events.clear()
+
+    def ask(self, message: AskDevices) -> None:
+        """Carry a question of a secure sum to devices, and their answers back."""
+        self.asked.append(message)
+        for name in message.device_ids:
+            device = self.devices[name]
+            if device.dead or device.is_silent_at(message.stage):
+                continue
+            if message.stage in device.loses:
+                device.loses.remove(message.stage)
+                continue
+            self.at(self.now_s + device.stage_s, partial(self._answer_stage, device, message))
+
+    def _answer_stage(self, device: SimulatedDevice, message: AskDevices) -> None:
+        if device.dead or message.session not in device.sums.opened:
+            return
+        answer = device.sums.answer(message.session, message.stage, message.question)
+        self.events.append(DeviceAnswered(device.name, encoded(answer)))
 
     def nudge(self, name: str) -> None:
         """Have the device take what waits for it."""
@@ -167,8 +288,10 @@ class SimulatedFleet(Grid):
             m for m in self._waiting.values() if m.metadata.dst_node_id == device.node_id
         ]:
             del self._waiting[message.metadata.message_id]
-            if not device.dead:
-                self.at(self.now_s + device.train_s, partial(self._reply, device, message))
+            kind = message.metadata.message_type
+            takes_s = device.stage_s if kind.startswith("query.") else device.train_s
+            if not device.dead and not device.is_silent_at(kind.removeprefix("query.")):
+                self.at(self.now_s + takes_s, partial(self._reply, device, message))
 
     def _reply(self, device: SimulatedDevice, message: Message) -> None:
         message_id = message.metadata.message_id
@@ -181,7 +304,10 @@ class SimulatedFleet(Grid):
             trace = f"Traceback (most recent call last):\n  ...\nValueError: {device.error}\n"
             reply = Message(Error(2, trace), reply_to=message)
         else:
-            reply = Message(device.answer(message), reply_to=message)
+            try:
+                reply = Message(device.answer(message), reply_to=message)
+            except ShoalError as error:
+                reply = Message(Error(2, str(error)), reply_to=message)
         self._replies[message_id] = reply
         if device.announces and not device.unreachable:
             self.events += [ReplyWaits(message_id)] * (2 if device.answers_twice else 1)
@@ -262,12 +388,13 @@ class SimulatedHost:
         resume: ResumePoint | None = None,
         announces: bool = True,
         times_selected: Mapping[str, int] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.world = fleet
         self.run_id, self.fleet = "run", "plant"
-        self.scratch: Path | None = None
-        self.members: Mapping[str, Member] = {}
-        self.membership_version = 0
+        self.scratch = scratch
+        self.members: Mapping[str, Member] = {} if announces else fleet.members
+        self.membership_version = 0 if announces else 1
         self.plan = plan
         self.blobs = BlobStore(folder)
         self.resume = resume
@@ -284,7 +411,7 @@ class SimulatedHost:
                 self.world.nudge(name)
         self.world.advance(timeout_s)
         events, self.world.events = self.world.events, []
-        told = RoundSaved | StopRun
+        told = RoundSaved | StopRun | ConfigsSigned
         return events if self.announces else [e for e in events if isinstance(e, told)]
 
     def report(self, message: Report) -> None:
@@ -293,11 +420,19 @@ class SimulatedHost:
             case NudgeDevices(names):
                 for name in names if self.announces else ():
                     self.world.nudge(name)
+            case SignConfigs(payloads):
+                self.world.events.append(ConfigsSigned(tuple(map(self._seal, payloads))))
+            case AskDevices():
+                assert self.announces
+                self.world.ask(message)
             case RoundClosed(record) if self.saves:
                 self.world.events.append(RoundSaved(record.round_number))
             case _:
                 pass
         self.on_report(message)
+
+    def _seal(self, payload: bytes) -> bytes:
+        return seal(payload, payload_type=CONFIG_PAYLOAD_TYPE, key=self.world.command_key)
 
     def seconds(self) -> float:
         return self.world.now_s
