@@ -12,6 +12,7 @@ scaled in float32: a relative error of 2⁻²⁴.
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def encode(
     exact: Mapping[str, float],
     *,
     rng: np.random.Generator,
-    entropy: Entropy,
+    entropy: Entropy = os.urandom,
 ) -> Lanes:
     """Return one device's vector as lanes, ready to be masked.
 

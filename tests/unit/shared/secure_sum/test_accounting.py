@@ -116,6 +116,14 @@ def test_the_skellam_curve_is_tight_where_noise_is_wide(
     assert curve.epsilons[ORDERS.index(order)] <= factor * exact
 
 
+def test_the_skellam_curve_is_that_of_the_paper() -> None:
+    order = ORDERS.index(4)
+
+    # 4·9/(2·10) + min((7·9 + 6·3)/(4·10²), 3·3/(2·10)), and where the other term is the smaller.
+    assert skellam_rdp(Sensitivity(3, 9), 10.0).epsilons[order] == pytest.approx(1.8 + 0.2025)
+    assert skellam_rdp(Sensitivity(3, 9), 1.0).epsilons[order] == pytest.approx(18 + 4.5)
+
+
 def test_the_skellam_curve_holds_for_vectors_of_many_coordinates() -> None:
     shifts = [1, 1, 2, 3, 7]
     sensitivity = Sensitivity(sum(shifts), sum(shift**2 for shift in shifts))
