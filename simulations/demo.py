@@ -197,6 +197,7 @@ class _Demo:
         self.console.print()
         if run["state"] != "finished":
             raise UnavailableError(f"the run {run['state']}: {run['cause']}")
+        self.console.print(demo_view.secrecy_words(run))
         return run  # type: ignore[no-any-return]  # a JSON document
 
     def _interrupted_run(self) -> str | None:

@@ -40,6 +40,22 @@ def rounds_table(run: Mapping[str, Any]) -> Table:
     return table
 
 
+def secrecy_words(run: Mapping[str, Any]) -> str:
+    """Say what the coordinator saw of the agents' updates in a run whose rounds were all summed."""
+    rounds = [record["secrecy"] for record in run["rounds"] if record["secrecy"]]
+    survivors = [group["survivors"] for round_ in rounds for group in round_["groups"]]
+    corrupted = max(group["corrupted"] for round_ in rounds for group in round_["groups"])
+    upload = max(round_["bytes_up"] for round_ in rounds) / _KIB
+    fewest, most = min(survivors), max(survivors)
+    sizes = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return (
+        f"[green]✓[/] each round reached the coordinator only as a sum of {sizes} agents, exact,\n"
+        f"  {upload:,.0f} KiB from each; {corrupted} of them in league with it would reveal no other.\n"
+        "  Here the fleet key, which says who is an agent, lies beside the coordinator;\n"
+        "  to guard against one that invents agents, keep it elsewhere (docs/privacy.md)."
+    )
+
+
 def variants_table(version: Mapping[str, Any]) -> Table:
     """Show every variant of a model version, its parity and speed; the shipped one is marked."""
     title = f"Model version {version['version'][:12]}: every variant, one is shipped"

@@ -33,7 +33,7 @@ class Demo:
         self._mark = f"{MARK}={home}"
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", DEMO, "demo", "--home", home, "--agents", "2", *options],
+                [sys.executable, "-c", DEMO, "demo", "--home", home, *options],
                 env={**os.environ, MARK: str(home)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -121,13 +121,22 @@ def test_an_interrupted_demo_leaves_no_process_and_the_next_goes_on_and_may_be_k
         second.wait_until_all_ended()
 
 
+def test_fewer_agents_than_their_owners_ask_of_a_sum_are_refused(tmp_path: Path) -> None:
+    with demo(tmp_path / "home", "--agents", "4") as refused:
+        assert refused.wait() == 1
+        assert "4 agents are too few" in refused.output
+        assert "take --agents 5 or more" in refused.output
+        assert "Traceback" not in refused.output
+
+
 def check_what_it_showed(output: str) -> None:
     assert "scikit-learn's digits (Fashion-MNIST is not on this machine)" in output
     assert "seed 7" in output
-    assert "2 agents are enrolled (0 of them now)" in output
+    assert "5 agents are enrolled (0 of them now)" in output
     assert "goes on where it was interrupted" in output
+    assert "each round reached the coordinator only as a sum of 5 agents" in output
     rows = re.findall(r"│ agent-\d │ +([\d.]+)% │ +([\d.]+)% │ .* │ verified │", output)
-    assert len(rows) == 2
+    assert len(rows) == 5
     assert all(float(after) > float(before) for before, after in rows)
 
 

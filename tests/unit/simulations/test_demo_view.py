@@ -7,14 +7,19 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from simulations.demo_view import partition_table, results_table, rounds_table
+from simulations.demo_view import (
+    partition_table,
+    results_table,
+    rounds_table,
+    secrecy_words,
+)
 
 AGENTS = [f"agent-{number}" for number in range(1, 6)]
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat"]
 CLASSES += ["sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 
 
-def shown(table: Table) -> str:
+def shown(table: Table | str) -> str:
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
         console.print(table)
@@ -82,3 +87,14 @@ def test_the_results_of_an_agent_stand_in_one_line() -> None:
     }
     line = "│ agent-1 │  3.65% │ 86.57% │ 6b17e0b1c691 │ verified │ 416 → 106 │   0.82 │"
     assert line in shown(results_table([row]))
+
+
+def test_it_says_what_the_coordinator_saw() -> None:
+    secrecy = {"groups": [{"survivors": 5, "corrupted": 1}], "bytes_up": 213_624}
+    initial: dict[str, Any] = {"secrecy": None}
+    text = " ".join(shown(secrecy_words({"rounds": [initial, {"secrecy": secrecy}]})).split())
+    assert (
+        "each round reached the coordinator only as a sum of 5 agents, exact, 209 KiB from each"
+        in text
+    )
+    assert "fleet key, which says who is an agent, lies beside the coordinator" in text
