@@ -90,6 +90,11 @@ def show_run(run_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False)
     )
     rows = [_round_row(record) for record in run["rounds"]]
     print_table(("round", "state", "s", "metrics", "took part", "did not"), rows, empty="no rounds")
+    if secret := [_secrecy_row(r) for r in run["rounds"] if r["secrecy"]]:
+        headings = ("round", "in the sum", "learns nothing with", "noise", "KiB up", "left out")
+        print_table(headings, secret, empty="")
+    elif run["plan"].get("privacy", {}).get("mode") == "plain":
+        people().print("plain rounds: the coordinator saw each device's update")
     invited = [
         (i["device_id"], i["state"], moment(i["changed_at"]), i["reason"])
         for i in run["invitations"]
@@ -170,6 +175,31 @@ def _round_line(record: dict[str, Any]) -> str:
     number, state, seconds, metrics, present, absent = _round_row(record)
     line = f"round {number:>3}  {state} in {seconds} s  {metrics}  {present}"
     return f"{line}  ({absent})" if absent else line
+
+
+def _secrecy_row(record: dict[str, Any]) -> tuple[str, ...]:
+    """Say how one round's updates stayed secret: of whom the sums are, and what broke a rule."""
+    secrecy = record["secrecy"]
+    groups = secrecy["groups"]
+    summed = [group for group in groups if group["survivors"]]
+    left_out = [f"group {g['group']}: {g['cause']}" for g in groups if g["cause"]]
+    blamed = [f"{device}: {how}" for device, how in secrecy["blamed"].items()]
+    return (
+        str(record["round_number"]),
+        " + ".join(f"{group['survivors']} of {group['roster']}" for group in summed) or "-",
+        f"{min(group['corrupted'] for group in summed)} corrupted" if summed else "-",
+        _noise(secrecy),
+        f"{secrecy['bytes_up'] / 1024:.1f}",
+        "; ".join(left_out + blamed) or "-",
+    )
+
+
+def _noise(secrecy: dict[str, Any]) -> str:
+    if secrecy["noise"] == "none":
+        return "none: exact sums"
+    epsilon = "no bound" if secrecy["epsilon"] is None else f"ε = {secrecy['epsilon']:.2f}"
+    promised = ", only promised" if secrecy["noise"] == "central" else ""
+    return f"{secrecy['noise']}, {epsilon}{promised}"
 
 
 def _round_row(record: dict[str, Any]) -> tuple[str, ...]:
