@@ -7,7 +7,7 @@ that every round can be run again.
 import hashlib
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +23,8 @@ from shared.privacy_plan import (
     round_quorum,
     with_roster,
 )
+from shared.statistics.questions import StatisticsQuestion
+from shared.statistics_plan import privacy_of_statistics
 from shared.tasks.spec import TaskSpec
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -72,9 +74,12 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     aggregation: AggregationPlan = AggregationPlan()
     evaluate: bool = True  # measure each round's result on held-out rows of its cohort
     deploy: bool = True  # ship the result to every device that has data for the task
+    statistics: StatisticsQuestion | None = None  # such a run asks this, once, and trains nothing
 
     def __post_init__(self) -> None:
         """Refuse what could never commit, and fill in the quorum that the rest of it needs."""
+        if self.statistics is not None:
+            self._leave_out_training()
         cohort = self.cohort
         if cohort.quorum > cohort.size:
             raise ConfigError(
@@ -95,6 +100,17 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             resolved = msgspec.structs.replace(cohort, quorum=fewest)
             msgspec.structs.force_setattr(self, "cohort", resolved)
 
+    def _leave_out_training(self) -> None:
+        """Write down what the rest of the plan comes to in a run that only asks."""
+        privacy = privacy_of_statistics(self.privacy, self.aggregation, asked=self.cohort.asked)
+        for name, value in {
+            "privacy": privacy,
+            "rounds": 1,
+            "evaluate": False,
+            "deploy": False,
+        }.items():
+            msgspec.structs.force_setattr(self, name, value)
+
     def layout(self, *, grouped: bool = True, roster_max: int | None = None) -> Layout:
         """Return how the devices of a round are parted into sums.
 
@@ -102,7 +118,8 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             grouped: False for measuring and for statistics, which never use groups.
             roster_max: devices that are asked for one of the sums; None: all that may be.
         """
-        cohort, quorum = self.cohort, self.cohort.quorum if grouped else 0
+        cohort = self.cohort
+        quorum = cohort.quorum if grouped or self.statistics is not None else 0
         layout = lay_out(
             self.privacy,
             self.aggregation,
@@ -131,4 +148,21 @@ def read_plan(path: Path) -> RunPlan:
     document = read_document(path)
     if isinstance(task := document.get("task"), str):
         document["task"] = msgspec.to_builtins(read_toml(path.parent / task, TaskSpec))
-    return convert(document, RunPlan, source=str(path))
+    return plan_from(document, source=str(path))
+
+
+def plan_from(document: Any, *, source: str) -> RunPlan:
+    """Check a plan as it was written; statistics that say nothing of noise are noised (R8).
+
+    Args:
+        document: what TOML or JSON became.
+        source: of the document, for people.
+
+    Raises:
+        ConfigError: it does not fit; names the key.
+    """
+    if isinstance(document, dict) and document.get("statistics") is not None:
+        privacy = document.get("privacy", {})
+        if isinstance(privacy, dict):
+            document = {**document, "privacy": {"noise": "distributed", **privacy}}
+    return convert(document, RunPlan, source=source)

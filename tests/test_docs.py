@@ -41,7 +41,7 @@ def test_every_setting_is_documented() -> None:
     "struct", [RunPlan, TrainingPlan, CohortPlan, PrivacyPlan, AggregationPlan]
 )
 def test_every_key_of_a_plan_is_documented(struct: type) -> None:
-    sections = {"training", "cohort", "privacy", "aggregation"}
+    sections = {"training", "cohort", "privacy", "aggregation", "statistics"}
     plan = page("operation.md").split("## A plan")[1].split("## Settings")[0]
     keys = set(struct.__struct_fields__) - sections - {"strategy"}  # type: ignore[attr-defined]
     assert not [key for key in keys if f"\n{key} = " not in plan]

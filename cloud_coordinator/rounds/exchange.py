@@ -128,6 +128,20 @@ class Exchange:
         contents = _with_configs({"parameters": ArrayRecord([parameters])}, node_ids, configs)
         return self._push(MessageType.EVALUATE, contents, round_number, ttl_s)
 
+    def ask_for_statistics(
+        self,
+        question: bytes,
+        node_ids: Sequence[int],
+        *,
+        round_number: int,
+        ttl_s: float,
+        configs: Mapping[int, bytes],
+    ) -> dict[int, str]:
+        """Ask nodes what their rows are like, ``question`` being JSON; as `ask_to_train`."""
+        base: Records = {"statistics": ConfigRecord({"json": question.decode()})}
+        contents = _with_configs(base, node_ids, configs)
+        return self._push(f"{MessageType.QUERY}.statistics", contents, round_number, ttl_s)
+
     def ask_stage(
         self,
         stage: Stage,

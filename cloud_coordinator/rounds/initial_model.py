@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from shared.parameters import Vector
+from shared.tasks.contract import DataContract
 from shared.tasks.registry import load_task
 from shared.tasks.spec import TaskSpec
 from shared.tasks.task import seeded_model
@@ -17,6 +18,11 @@ def initial_parameters(task: TaskSpec, seed: int) -> Vector:
 def statistic_bounds(task: TaskSpec) -> Mapping[str, float]:
     """Return the names of what devices measure, and how much of each one example may add."""
     return load_task(task).statistics
+
+
+def contract_of(task: TaskSpec) -> DataContract:
+    """Return which rows the task learns from."""
+    return load_task(task).contract
 
 
 def summarize(task: TaskSpec, sums: Mapping[str, float]) -> dict[str, float]:

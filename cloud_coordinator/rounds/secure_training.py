@@ -6,7 +6,6 @@ on, and neither are those that broke the protocol, until the run ends.
 """
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -18,7 +17,6 @@ from cloud_coordinator.rounds.aggregation import ModelState
 from cloud_coordinator.rounds.clipping import (
     UNCLIPPED,
     add_central_noise,
-    central_charge,
     central_sigma,
     mean_multiplier,
     next_clip_norm,
@@ -31,14 +29,13 @@ from cloud_coordinator.rounds.host import RunHost
 from cloud_coordinator.rounds.pending import Scratch
 from cloud_coordinator.rounds.robust import Combiner, mean_of
 from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.secrecy import secrecy_of
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.sum_plan import SumQuestionSpec, make_config, training_spec
 from cloud_coordinator.rounds.sum_session import GroupSum
 from cloud_coordinator.rounds.sum_work import Configure, SumOutcome, SumQuestion
 from cloud_coordinator.rounds.trained import Groups, Trained, say_started
-from cloud_coordinator.rounds.worker_messages import GroupSecrecy, Secrecy
 from shared.errors import PeerError, QuorumError
-from shared.secure_sum.accounting import RdpCurve, charge_of
 from shared.secure_sum.config import SumConfig
 from shared.secure_sum.masking import choose_algorithm
 from shared.secure_sum.questions import base_digest_of, training_question
@@ -200,7 +197,7 @@ class SecureTraining:
                 logger.warning("round %d: %s", round_number, error)
                 causes[group.group] = str(error)
         cause = "; ".join(filter(None, causes.values()))
-        secrecy = self._secrecy(outcome, causes)
+        secrecy = secrecy_of(plan.privacy, outcome, causes)
         try:
             mean: NDArray[np.float64] | None = combiner.result()
         except QuorumError as error:
@@ -267,38 +264,6 @@ class SecureTraining:
         kept = state.optimizer.get(_CLIP_NORM)
         return None if kept is None else float(kept[0])
 
-    def _secrecy(self, outcome: SumOutcome, causes: Mapping[int, str]) -> Secrecy:
-        privacy = self._host.plan.privacy
-        config = outcome.groups[0].config if outcome.groups else None
-        noisy = privacy.noise != "none"
-        return Secrecy(
-            groups=tuple(
-                GroupSecrecy(
-                    group=group.group,
-                    roster=group.roster,
-                    survivors=group.survivors,
-                    corrupted=group.corrupted,
-                    threshold=group.threshold,
-                    cause=causes.get(group.group, ""),
-                )
-                for group in outcome.groups
-            ),
-            noise=privacy.noise,
-            noise_multiplier=privacy.noise_multiplier if noisy else None,
-            epsilon=_epsilon(self._charge(config), privacy.delta) if config and noisy else None,
-            delta=privacy.delta if noisy else None,
-            clip_norm=config.encoding.clip_norm if config else None,
-            lane_bits=config.encoding.lane_bits if config else 0,
-            bytes_up=max((part.bytes_up for part in outcome.participations), default=0),
-            blamed=dict(outcome.blamed),
-            stage_seconds={name: round(s, 3) for name, s in outcome.stage_seconds.items()},
-        )
-
-    def _charge(self, config: SumConfig) -> RdpCurve:
-        if config.noise is not None:
-            return charge_of(config)
-        return central_charge(self._host.plan.privacy.noise_multiplier, 1)
-
 
 def configurer(
     host: RunHost,
@@ -350,8 +315,3 @@ def configurer(
         )
 
     return configure
-
-
-def _epsilon(charge: RdpCurve, delta: float) -> float | None:
-    epsilon = charge.epsilon(delta)
-    return epsilon if math.isfinite(epsilon) else None

@@ -13,7 +13,7 @@ from cloud_coordinator.rounds.clipping import UNCLIPPED
 from cloud_coordinator.rounds.robust import EXAMPLES, SEEN
 from shared.privacy_plan import noise_of
 from shared.run_plan import RunPlan
-from shared.secure_sum.choice import choose_encoding
+from shared.secure_sum.choice import choose_encoding, largest_steps
 from shared.secure_sum.config import (
     Encoding,
     ExactLane,
@@ -28,6 +28,7 @@ LOSS_SUM = "loss_sum"
 MAX_EXAMPLES = 10**9  # that one device may claim
 STATISTICS_LANE_BITS: LaneBits = 32  # few numbers, so precision costs nothing
 
+_ROOM = 1.001  # no vector without noise is clipped for the last digits of its norm
 _EXACT_BITS = 54  # of one device's value; 256 of them fit into 64 with their sign
 _LARGEST_LOSS = 1e4  # of one example, while training; larger ones are shortened
 
@@ -40,6 +41,7 @@ class SumQuestionSpec:
     length: int  # d of the vector; 0: exact lanes only
     exact_lanes: tuple[ExactLane, ...] = ()
     clip_norm: float | None = None  # of the vector; None: the plan's
+    parts: int | None = None  # without noise: its numbers are in [-1, 1], 1/parts is whole steps
     task_digest: str
     question_digest: str
     base_digest: str | None
@@ -89,6 +91,30 @@ def evaluation_spec(
         task_digest=plan.task.digest,
         question_digest=question_digest,
         base_digest=base_digest,
+    )
+
+
+def statistics_spec(
+    plan: RunPlan, *, length: int, norm: float, max_rows: int, question_digest: str
+) -> SumQuestionSpec:
+    """Ask for statistics; without noise, so that sums of rows come out whole.
+
+    Args:
+        plan: of the run.
+        length: `StatisticsVector.length`.
+        norm: `StatisticsVector.norm`.
+        max_rows: rows that a weight of 1 stands for.
+        question_digest: of the question.
+    """
+    noised = plan.privacy.noise == "distributed"
+    return SumQuestionSpec(
+        purpose="statistics",
+        length=length,
+        clip_norm=norm if noised else _ROOM * norm,
+        parts=max_rows,
+        task_digest=plan.task.digest,
+        question_digest=question_digest,
+        base_digest=None,
     )
 
 
@@ -192,6 +218,15 @@ def _encoding(
     if question.length == 0:
         return Encoding(
             lane_bits=lane_bits, length=0, clip_norm=clip_norm, steps_per_unit=1.0, max_steps=1
+        )
+    if question.parts is not None and noise is None:
+        steps = largest_steps(lane_bits, max_roster) // question.parts * question.parts
+        return Encoding(
+            lane_bits=lane_bits,
+            length=question.length,
+            clip_norm=clip_norm,
+            steps_per_unit=steps,
+            max_steps=steps,
         )
     return choose_encoding(
         length=question.length,

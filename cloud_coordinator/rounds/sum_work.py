@@ -60,7 +60,7 @@ class SumQuestion:
 
     purpose: Purpose
     round_number: int
-    stage: Literal["train", "evaluate"]
+    stage: Literal["train", "evaluate", "statistics"]
     configure: Configure
     push: Push
     wanted: int

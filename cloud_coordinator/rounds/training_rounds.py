@@ -7,7 +7,7 @@ rounds run in our worker child, in Flower's simulation engine, and over stock Su
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 
 import msgspec
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from cloud_coordinator.rounds.aggregation import STRATEGIES, ModelState
 from cloud_coordinator.rounds.checkpoint import load_state, save_state
-from cloud_coordinator.rounds.cohort import can_start, cohort_rng, wanted_devices
+from cloud_coordinator.rounds.cohort import cohort_rng
 from cloud_coordinator.rounds.evaluation import Evaluates, Evaluation, Evaluator, patience_s
 from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.host import RunHost
@@ -28,7 +28,9 @@ from cloud_coordinator.rounds.roster import Roster
 from cloud_coordinator.rounds.secure_evaluation import SecureEvaluator
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.secure_training import SecureTraining
+from cloud_coordinator.rounds.statistics_run import StatisticsRun
 from cloud_coordinator.rounds.trained import Groups, Trained, Training
+from cloud_coordinator.rounds.waiting import wait_for_devices
 from cloud_coordinator.rounds.worker_messages import (
     Participation,
     ResumePoint,
@@ -37,13 +39,10 @@ from cloud_coordinator.rounds.worker_messages import (
     RunFailed,
     RunFinished,
     Secrecy,
-    WaitingForDevices,
 )
 from shared.errors import QuorumError, StoppedError
 
 logger = logging.getLogger(__name__)
-
-_LOOK_AROUND_S = 1.0  # while too few devices are there
 
 
 def build_server_app(host: RunHost) -> ServerApp:
@@ -56,7 +55,10 @@ def build_server_app(host: RunHost) -> ServerApp:
     @app.main()
     def main(grid: Grid, _: Context) -> None:
         try:
-            host.report(TrainingRun(host, Exchange(grid)).run())
+            exchange = Exchange(grid)
+            asks = host.plan.statistics is not None
+            run = StatisticsRun(host, exchange) if asks else TrainingRun(host, exchange)
+            host.report(run.run())
         except StoppedError as error:
             logger.info("stopped: %s", error)
 
@@ -197,23 +199,9 @@ class TrainingRun:
 
     def _recruit(self, number: int) -> Groups:
         """Wait for devices, and return who is asked: fewer than the quorum if the wait was vain."""
-        plan, host, roster = self._plan.cohort, self._host, self._roster
-        deadline_s = host.seconds() + plan.recruit_deadline_s
-        until = host.now() + timedelta(seconds=plan.recruit_deadline_s)
-        told: int | None = None
-        while True:
-            roster.look_around()
-            joined = self._training.eligible(roster.available())
-            left_s = deadline_s - host.seconds()
-            if can_start(len(joined), plan, quiet_s=roster.quiet_s) or left_s <= 0:
-                rng = cohort_rng(self._plan.seed, number)
-                return self._training.select(joined, rng=rng, times_selected=self._times_selected)
-            if told != len(joined):
-                told = len(joined)
-                host.report(
-                    WaitingForDevices(joined=told, wanted=wanted_devices(plan), until=until)
-                )
-            roster.wait(min(left_s, _LOOK_AROUND_S))
+        joined = wait_for_devices(self._host, self._roster, self._training.eligible)
+        rng = cohort_rng(self._plan.seed, number)
+        return self._training.select(joined, rng=rng, times_selected=self._times_selected)
 
     def _evaluate(self, life: _Round, state: ModelState, devices: Sequence[str]) -> Evaluation:
         if not self._plan.evaluate:

@@ -12,6 +12,7 @@ import msgspec
 
 from shared.messages import RelayedStage
 from shared.run_plan import RunPlan
+from shared.statistics.vectors import Answer
 
 
 class ResumePoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +152,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     training_sums: dict[str, float] = {}  # the devices' training statistics, added
     parameters_sha256: str | None = None  # of the blob; None when abandoned
     optimizer_sha256: str | None = None
+    answers: tuple[Answer, ...] = ()  # where the run asks for statistics
     secrecy: Secrecy | None = None  # None: the coordinator saw each device's update
 
 
@@ -196,7 +198,7 @@ class AskDevices(msgspec.Struct, frozen=True, kw_only=True, tag="ask-devices"):
     deadline_at: datetime
 
 
-StageName = Literal["train", "evaluate", "share", "mask", "consent", "reveal"]
+StageName = Literal["train", "evaluate", "statistics", "share", "mask", "consent", "reveal"]
 
 
 class RoundProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
@@ -13,9 +13,8 @@ from cloud_coordinator.runs.progress import Progress
 from cloud_coordinator.runs.records import RunDetails
 from cloud_coordinator.runs.service import RunService
 from cloud_coordinator.runs.tables import ParticipationRow, RoundRow, RunRow
-from shared.config import convert
 from shared.errors import ConfigError
-from shared.run_plan import RunPlan
+from shared.run_plan import plan_from
 from shared.untrusted import NOT_JSON
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"], dependencies=[Depends(require_admin)])
@@ -32,6 +31,7 @@ class RunView(BaseModel):
     created_at: datetime
     ended_at: datetime | None
     model_version: str | None
+    purpose: Literal["train", "statistics"]
     doing: str  # right now, as a sentence
     waiting: str  # the same, while it waits for devices
 
@@ -62,6 +62,7 @@ class RoundView(BaseModel):
     metrics: dict[str, float]
     training_sums: dict[str, float]
     parameters_sha256: str | None
+    answers: list[dict[str, Any]]  # of a run that asks for statistics, as `Answer`
     secrecy: dict[str, Any] | None  # of secure sums; null where each device's update was seen
     participations: list[ParticipationView]
 
@@ -100,7 +101,7 @@ async def start_run(request: Request, runs: Runs) -> RunView:
         document = msgspec.json.decode(await read_body(request))
     except NOT_JSON as error:
         raise ConfigError(f"the plan is not valid JSON: {error}; mend it") from error
-    row = await runs.start_run(convert(document, RunPlan, source="the plan"))
+    row = await runs.start_run(plan_from(document, source="the plan"))
     return _view(row, runs.progress(row.run_id))
 
 
@@ -133,6 +134,7 @@ def _view(row: RunRow, progress: Progress | None) -> RunView:
         created_at=row.created_at,
         ended_at=row.ended_at,
         model_version=row.model_version,
+        purpose="statistics" if row.plan.get("statistics") else "train",
         doing=doing,
         waiting=doing if progress and progress.doing == "waiting" else "",
     )
@@ -162,6 +164,7 @@ def _round_view(row: RoundRow, parts: Iterable[ParticipationRow]) -> RoundView:
         metrics=row.metrics,
         training_sums=row.training_sums,
         parameters_sha256=row.parameters_sha256,
+        answers=row.answers or [],
         secrecy=row.secrecy,
         participations=[ParticipationView.model_validate(part) for part in parts],
     )

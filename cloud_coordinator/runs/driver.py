@@ -119,12 +119,14 @@ class RunDriver:
                 await self._move(RunEvent.BROKE, cause=cause)
             case Stopped(cause):
                 await self._move(RunEvent.STOP_ASKED, cause=cause)
+            case _ if self._plan.statistics is not None:
+                await self._move(RunEvent.ANSWERED)
             case _:
                 await self._export()
 
     async def _all_rounds(self) -> SessionEnd:
         crashes = 0
-        while True:
+        while not await self._is_answered():
             end = await self._one_session()
             if not isinstance(end, Interrupted):
                 return end
@@ -134,6 +136,14 @@ class RunDriver:
                 return RunBroken(f"gave up after {crashes} crashes in a row: {end.cause}")
             if end.worker_crashed:
                 await self._pause(back_off_s(crashes, self._parts.rng), end.cause)
+        return RoundsDone()
+
+    async def _is_answered(self) -> bool:
+        """Return whether the run asks for statistics, and an earlier session got the answers."""
+        if self._plan.statistics is None:
+            return False
+        start = await asyncio.to_thread(self._parts.session.records.starting_point, self.run_id)
+        return start.rounds_committed > 0
 
     async def _one_session(self) -> SessionEnd:
         life = await self._unless_stopped(self._parts.superlink.up())

@@ -12,7 +12,7 @@ class RunState(StrEnum):
     RECRUITING = "recruiting"  # invitations are out; too few devices are joined for a round
     RUNNING = "running"  # rounds are trained and committed
     EXPORTING = "exporting"  # the last round is committed; the model version is being built
-    FINISHED = "finished"  # the model version exists; terminal
+    FINISHED = "finished"  # the model version exists, or the answers do; terminal
     FAILED = "failed"  # it cannot go on; what was committed stays; terminal
     STOPPED = "stopped"  # a person ended it; what was committed stays; terminal
 
@@ -24,6 +24,7 @@ class RunEvent(StrEnum):
     ROUND_STARTED = "round_started"
     ROUNDS_DONE = "rounds_done"
     MODEL_BUILT = "model_built"
+    ANSWERED = "answered"  # of a run that asks for statistics: it builds no model
     BROKE = "broke"
     STOP_ASKED = "stop_asked"
 
@@ -36,12 +37,14 @@ TRANSITIONS: dict[RunState, dict[RunEvent, RunState]] = {
         E.DEVICES_LACKING: S.RECRUITING,
         E.ROUND_STARTED: S.RUNNING,
         E.ROUNDS_DONE: S.EXPORTING,  # a crash fell between the last commit and this event
+        E.ANSWERED: S.FINISHED,  # likewise
         **_ENDS,
     },
     S.RUNNING: {
         E.DEVICES_LACKING: S.RECRUITING,
         E.ROUND_STARTED: S.RUNNING,
         E.ROUNDS_DONE: S.EXPORTING,
+        E.ANSWERED: S.FINISHED,
         **_ENDS,
     },
     S.EXPORTING: {E.MODEL_BUILT: S.FINISHED, **_ENDS},

@@ -6,6 +6,7 @@ from datetime import datetime
 _VERBS = {  # the stages of a round, and of its secure sums
     "train": "training",
     "evaluate": "evaluating",
+    "statistics": "asking for statistics",
     "share": "dealing key shares",
     "mask": "sending masked vectors",
     "consent": "signing whose vectors are in the sum",

@@ -170,8 +170,9 @@ class RunRecords:
                 .group_by(ParticipationRow.device_id)
             ).all()
         committed = [row for row in rounds if row.state == COMMITTED]
+        models = [row for row in committed if row.parameters_sha256]  # statistics make none
         return StartingPoint(
-            resume=_resume_point(committed[-1]) if committed else None,
+            resume=_resume_point(models[-1]) if models else None,
             next_round=rounds[-1].round_number + 1 if rounds else 1,
             rounds_committed=sum(row.round_number > 0 for row in committed),
             times_selected={row[0]: row[1] for row in selected},
@@ -230,12 +231,13 @@ def _round_row(run_id: str, record: RoundRecord) -> RoundRow:
         training_sums=record.training_sums,
         parameters_sha256=record.parameters_sha256,
         optimizer_sha256=record.optimizer_sha256,
+        answers=msgspec.to_builtins(record.answers) or None,
         secrecy=msgspec.to_builtins(record.secrecy),
     )
 
 
 def _resume_point(row: RoundRow) -> ResumePoint:
-    assert row.parameters_sha256 is not None  # committed rounds have parameters
+    assert row.parameters_sha256 is not None  # of rounds with a model
     return ResumePoint(
         round_number=row.round_number,
         parameters_sha256=row.parameters_sha256,

@@ -40,6 +40,10 @@ class RoundRow(Base):
     training_sums: Mapped[dict[str, float]] = mapped_column(JSON)
     parameters_sha256: Mapped[str | None] = mapped_column(String(64), default=None)
     optimizer_sha256: Mapped[str | None] = mapped_column(String(64), default=None)
+    # Each a `shared.statistics.vectors.Answer`; NULL where the round trained.
+    answers: Mapped[list[dict[str, Any]] | None] = mapped_column(
+        JSON(none_as_null=True), default=None
+    )
     # `worker_messages.Secrecy`; NULL where the coordinator saw each device's update.
     secrecy: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
 

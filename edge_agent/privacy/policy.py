@@ -76,12 +76,8 @@ class OwnerPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def check_config(self, config: SumConfig) -> None:
         """Raise PolicyError unless the owner allows this sum, whoever will be in its roster."""
-        if config.purpose == "statistics" and not self.statistics:
-            _refuse("statistics = false", "this sum is a statistic")
-        if config.purpose == "statistics" and config.groups > 1:
-            raise PolicyError(
-                f"statistics are summed over one group only, and this sum is one of {config.groups}"
-            )
+        if config.purpose == "statistics":
+            self._check_statistics(config)
         self._check_corrupted(config)
         self._check_size(config)
         self._check_noise(config)
@@ -119,6 +115,18 @@ class OwnerPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Raise PolicyError unless an update may leave by itself, outside any sum."""
         if not self.individual_updates:
             _refuse("individual_updates = false", "the run asks for each device's own update")
+
+    def _check_statistics(self, config: SumConfig) -> None:
+        if not self.statistics:
+            _refuse("statistics = false", "this sum is a statistic")
+        if config.threshold == "group":
+            raise PolicyError("statistics are summed over no groups, and this sum is of one")
+        # Noised ones may be of shards, where a fleet is more than one sum can hold.
+        if config.noise is None and config.groups > 1:
+            raise PolicyError(
+                "statistics without noise are summed over one group only, and this sum is one of "
+                f"{config.groups}"
+            )
 
     def _check_noise(self, config: SumConfig) -> None:
         if config.noise is None:

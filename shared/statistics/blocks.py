@@ -36,6 +36,7 @@ from shared.tasks.examples import Examples
 
 Floats = NDArray[np.float64]
 _LARGEST_POWER = 30  # of two: rows of one device
+_DIGITS = 6  # of exact counts, after the point: further ones are of the arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,10 @@ class _RowsPerDeviceBlock(Block):
         used = np.flatnonzero(total > 0)
         shown = range(int(used[-1]) + 1) if used.size else range(0)
         names = [f"{2**power} to {2 ** (power + 1) - 1}" for power in shown]
-        figures = {name: float(total[power]) for power, name in zip(shown, names, strict=True)}
+        counts = [
+            float(total[p]) if scale.sigma else round(float(total[p]), _DIGITS) for p in shown
+        ]
+        figures = dict(zip(names, counts, strict=True))
         errors = dict.fromkeys(names, scale.sigma) if scale.sigma else {}
         devices = np.maximum(total, 0)
         if devices.sum() > 0:
@@ -260,8 +264,9 @@ def _frequencies(scaled: Floats, bins: int) -> Floats:
 
 def _counts(totals: dict[str, float], scale: Scale) -> Figures:
     values = {name: float(total) * scale.max_rows for name, total in totals.items()}
-    error = scale.sigma * scale.max_rows
-    return Figures(values, dict.fromkeys(values, error) if error else {})
+    if not scale.sigma:
+        return Figures({name: round(value, _DIGITS) for name, value in values.items()})
+    return Figures(values, dict.fromkeys(values, scale.sigma * scale.max_rows))
 
 
 def _levels_of(total: Floats) -> list[Floats]:

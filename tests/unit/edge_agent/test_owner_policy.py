@@ -60,7 +60,8 @@ def test_the_default_policy_allows_a_noised_sum_of_sixteen_honest_survivors() ->
             },
             "promises nothing",
         ),
-        ({"purpose": "statistics", "groups": 2}, "one group only"),
+        ({"purpose": "statistics", "threshold": "group"}, "over no groups"),
+        ({"purpose": "statistics", "noise": None, "groups": 2}, "over one group only"),
     ],
 )
 def test_each_downgrade_is_refused_with_what_the_owner_allows(
@@ -83,6 +84,10 @@ def test_each_stricter_key_refuses_what_the_default_allows(
     key: str, value: Any, words: str
 ) -> None:
     assert words in refused(OwnerPolicy(**{key: value}), strict_config())
+
+
+def test_noised_statistics_may_be_of_shards() -> None:
+    OwnerPolicy().check_config(strict_config(purpose="statistics", base_digest=None, groups=2))
 
 
 def test_statistics_can_be_switched_off() -> None:
