@@ -50,7 +50,8 @@ def secrecy_words(run: Mapping[str, Any]) -> str:
     sizes = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return (
         f"[green]✓[/] each round reached the coordinator only as a sum of {sizes} agents, exact,\n"
-        f"  {upload:,.0f} KiB from each; {corrupted} of them in league with it would reveal no other.\n"
+        f"  {upload:,.0f} KiB from each; {corrupted} of them in league with it would reveal no "
+        "other.\n"
         "  Here the fleet key, which says who is an agent, lies beside the coordinator;\n"
         "  to guard against one that invents agents, keep it elsewhere (docs/privacy.md)."
     )
