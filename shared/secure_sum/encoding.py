@@ -34,7 +34,7 @@ _INTEGER: dict[LaneBits, type[Any]] = {16: np.int16, 32: np.int32}
 
 _PIECE = 2**15  # lanes; what one piece needs stays in the second-level cache
 _DOT_PIECE = 2**13  # below the length at which BLAS starts threads
-_BELOW = 1 - 2**-20  # clip to just below the norm: float errors then never exceed max_steps
+_CLOSE = 2**-20  # norms that differ by less than this part of them may be the same
 _PLAIN_NORM = 1e15  # up to this and down to its inverse, float32 serves for squares and scales
 _ATTEMPTS = 16  # to round below the sensitivity, before a vector is made shorter
 
@@ -108,7 +108,7 @@ def decode_sum(
 
 def was_clipped(config: SumConfig, vector: Vector) -> bool:
     """Return whether `encode` shortens ``vector``; ValueError where it is not finite."""
-    return _norm(vector) > config.encoding.clip_norm
+    return _norm(vector) > config.encoding.clip_norm * (1 + _CLOSE)
 
 
 def _encode_exact(lanes: tuple[ExactLane, ...], values: Mapping[str, float]) -> NDArray[np.uint64]:
@@ -135,11 +135,16 @@ class _Rounding:
         """Clip and rotate; raise ValueError where the vector is not finite."""
         self._encoding, self._dice = encoding, dice
         self._scale = encoding.steps_per_unit
-        norm, longest = _norm(vector), encoding.clip_norm * _BELOW
-        if norm > longest and (encoding.rotation_seed is not None or norm > _PLAIN_NORM):
-            vector = (vector * np.float64(longest / norm)).astype(vector.dtype, copy=False)
-        elif norm > longest:
-            self._scale *= longest / norm
+        norm = _norm(vector)
+        if norm > encoding.clip_norm * (1 + _CLOSE):
+            # To just below the clip norm, so that no error of floats leads above max_steps.
+            shorter = encoding.clip_norm * (1 - _CLOSE) / norm
+            if encoding.rotation_seed is not None or norm > _PLAIN_NORM:
+                vector = (vector * np.float64(shorter)).astype(vector.dtype, copy=False)
+            else:
+                self._scale *= shorter
+            norm *= shorter
+        self._at_the_edge = norm > encoding.clip_norm * (1 - _CLOSE / 2)
         if encoding.rotation_seed is not None:
             vector = rotate(vector, encoding.rotation_seed)
         if not 1 / _PLAIN_NORM < self._scale < _PLAIN_NORM:
@@ -190,7 +195,8 @@ class _Rounding:
         """Return what a lane is clamped to, in steps, or None where none can be above it."""
         encoding = self._encoding
         steps = min(encoding.max_steps, 2 ** (encoding.lane_bits - 1) - 1)
-        if encoding.rotation_seed is None and encoding.clip_norm * encoding.steps_per_unit <= steps:
+        fits = encoding.clip_norm * encoding.steps_per_unit <= steps
+        if fits and encoding.rotation_seed is None and not self._at_the_edge:
             return None
         limit: np.floating[Any] = self._vector.dtype.type(steps)
         return limit if int(limit) <= steps else np.nextafter(limit, limit * 0)

@@ -281,6 +281,24 @@ def test_extreme_doubles_are_clipped_like_others(scale: float) -> None:
     np.testing.assert_allclose(decoded, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_whole_steps_stay_exact_up_to_the_clip_norm_itself(bits: LaneBits, length: int) -> None:
+    steps = largest_steps(bits, 8)
+    encoding = encoding_of(
+        lane_bits=bits,
+        length=length,
+        clip_norm=math.sqrt(length),
+        steps_per_unit=steps,
+        max_steps=steps,
+    )
+    config = config_of(encoding=encoding, exact_lanes=(), max_roster=8)
+
+    for sign in (-1.0, 1.0):
+        lanes = centred(encoded(config, np.full(length, sign)))
+        assert lanes.tolist() == [sign * steps] * length
+
+
 def test_a_short_vector_is_not_clipped() -> None:
     config = sum_config(1000, clip_norm=1.0)
 
