@@ -6,8 +6,9 @@ complement integers of 16 or 32 bits that wrap by themselves; without noise they
 the configuration's roster times its ``max_steps`` fits, and what lies beyond is clamped.
 
 Rounding is unbiased but for the resolution of its dice: a lane goes up with a probability that
-is a multiple of 2⁻¹⁶ and at most 2⁻¹⁶ above the fraction that it should be. float32 vectors are
-scaled in float32: a relative error of 2⁻²⁴.
+is a multiple of 2⁻¹⁶ and less than 2⁻¹⁶ above the fraction that it should be; so whole steps stay,
+and what is just below one becomes it. float32 vectors are scaled in float32: a relative error of
+2⁻²⁴.
 """
 
 import itertools
