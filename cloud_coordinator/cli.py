@@ -13,6 +13,7 @@ from cloud_coordinator.commands.membership import memberships
 from cloud_coordinator.commands.models import models, rollouts
 from cloud_coordinator.commands.output import print_json
 from cloud_coordinator.commands.runs import runs
+from cloud_coordinator.commands.statistics import statistics
 from cloud_coordinator.settings import load_settings
 from shared.files import make_folder
 from shared.listening import require_loopback
@@ -30,6 +31,7 @@ app.add_typer(tokens, name="token")
 app.add_typer(devices, name="device")
 app.add_typer(memberships, name="membership")
 app.add_typer(runs, name="run")
+app.add_typer(statistics, name="stats")
 app.add_typer(models, name="model")
 app.add_typer(rollouts, name="rollout")
 app.add_typer(brokers, name="broker")

@@ -20,7 +20,7 @@ from cloud_coordinator.commands.output import (
 from cloud_coordinator.rounds.plan_explanation import explain
 from shared.errors import ShoalError, UnavailableError
 from shared.logs import visible
-from shared.run_plan import read_plan
+from shared.run_plan import RunPlan, read_plan
 
 runs = typer.Typer(help="Runs: training of one model over many rounds.", no_args_is_help=True)
 
@@ -38,7 +38,19 @@ def start_run(
     as_json: AsJson = False,
 ) -> None:
     """Start a run from PLAN; exit status 1 if --watch sees it fail."""
-    wanted = read_plan(plan)
+    run = start(read_plan(plan), home, watch=watch, as_json=as_json)
+    if as_json:
+        print_json(run)
+    elif not watch:
+        typer.echo(run["run_id"])
+
+
+def start(wanted: RunPlan, home: Path, *, watch: bool, as_json: bool) -> Any:
+    """Start a run, say what its plan promises, and return the run: ended, with ``watch``.
+
+    Raises:
+        ShoalError: it was watched, and did not finish.
+    """
     client = ApiClient(home)
     run = client.post("/v1/runs", msgspec.to_builtins(wanted))
     console = people(to_stderr=True)  # the output is the run's id
@@ -50,10 +62,7 @@ def start_run(
         except KeyboardInterrupt:
             typer.echo(f"the run goes on; end it with 'shoal run stop {run['run_id']}'", err=True)
             raise typer.Exit(130) from None
-    if as_json:
-        print_json(run)
-    elif not watch:
-        typer.echo(run["run_id"])
+    return run
 
 
 @runs.command("list")
@@ -88,6 +97,8 @@ def show_run(run_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False)
             "version": digest(run["model_version"]),
         }
     )
+    if run["plan"].get("statistics"):
+        people().print(f"its answers: shoal stats show {run_id}")
     rows = [_round_row(record) for record in run["rounds"]]
     print_table(("round", "state", "s", "metrics", "took part", "did not"), rows, empty="no rounds")
     if secret := [_secrecy_row(r) for r in run["rounds"] if r["secrecy"]]:
@@ -144,7 +155,9 @@ def watch_run(
         pause(_POLL_S)
     if run["state"] != "finished":
         raise ShoalError(f"run {run_id} {run['state']}: {run['cause']}")
-    say(f"finished: model version {digest(run['model_version'])}")
+    result = digest(run["model_version"])
+    asked = f"'shoal stats show {run_id}' tells the answers"
+    say(f"finished: model version {result}" if run["model_version"] else f"finished: {asked}")
     return run
 
 

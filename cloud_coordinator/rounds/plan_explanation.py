@@ -7,6 +7,8 @@ from shared.privacy_plan import ROBUST, Layout, trimmed_groups
 from shared.run_plan import RunPlan
 from shared.secure_sum.accounting import gaussian_rdp
 from shared.secure_sum.config import dropped_of, threshold_of
+from shared.statistics.questions import StatisticsQuestion
+from shared.statistics.vectors import largest_norm
 
 _DEFAULT_MIN_COHORT = 18  # what owners' policies have where they say nothing
 
@@ -24,6 +26,14 @@ def explain(plan: RunPlan, *, length: int | None = None) -> list[str]:
             "owners: their policies must say individual_updates = true",
         ]
     layout = plan.layout()
+    if plan.statistics is not None:
+        return [
+            _devices(plan, layout),
+            _tolerance(layout),
+            _anonymity(layout),
+            *_noise_of_answers(plan, plan.statistics, layout),
+            _owners(plan, layout),
+        ]
     return [
         _devices(plan, layout),
         _tolerance(layout),
@@ -111,6 +121,29 @@ def _noise(plan: RunPlan, layout: Layout) -> list[str]:
     spent = (
         f"privacy: about ε = {epsilon:.3g} at δ = {privacy.delta:g} of its training rows for a "
         f"device that is in all {rounds} rounds, enforced by the devices{measured}"
+    )
+    return [added, spent]
+
+
+def _noise_of_answers(plan: RunPlan, question: StatisticsQuestion, layout: Layout) -> list[str]:
+    privacy = plan.privacy
+    if privacy.noise == "none":
+        return [
+            "noise: none; the answers are exact, and no ε is promised for the data sets in them"
+        ]
+    # Every device adds its share, of which the honest ones' alone suffice.
+    shares = plan.cohort.size / layout.honest_survivors
+    sigma = privacy.noise_multiplier * largest_norm(question) * math.sqrt(shares)
+    epsilon = gaussian_rdp(privacy.noise_multiplier).epsilon(privacy.delta)
+    added = (
+        f"noise: {privacy.noise_kind}, added by the devices; it moves each count by about "
+        f"±{sigma * question.max_rows:,.0f} rows, and a mean by ±{sigma / plan.cohort.size:.2g} of "
+        f"half its range if each of {plan.cohort.size} devices has {question.max_rows:,} rows "
+        "(statistics.max_rows) or more; less with fewer statistics in one question"
+    )
+    spent = (
+        f"privacy: about ε = {epsilon:.3g} at δ = {privacy.delta:g} of its training rows for each "
+        "device that answers, enforced by the devices"
     )
     return [added, spent]
 

@@ -60,11 +60,10 @@ class Block(ABC):
     """One statistic's share of the vector."""
 
     size: int
-    norm: float  # largest L2 norm of one device's block
 
     @abstractmethod
     def measure(self, rows: Examples) -> Floats:
-        """Return the average over at least one row, shape (size,), of L2 norm at most `norm`."""
+        """Return the average over at least one row, shape (size,), of L2 norm as `norm_of` says."""
 
     @abstractmethod
     def read(self, total: Floats, scale: Scale) -> Figures:
@@ -72,7 +71,7 @@ class Block(ABC):
 
 
 class _CountBlock(Block):
-    size, norm = 1, 1.0
+    size = 1
 
     def measure(self, rows: Examples) -> Floats:
         assert len(rows)  # of no rows there is no average
@@ -87,7 +86,6 @@ class _MomentsBlock(Block):
 
     def __init__(self, values: "_Values", order: int) -> None:
         self._values, self.size = values, order
-        self.norm = math.sqrt(order)
 
     def measure(self, rows: Examples) -> Floats:
         scaled = 2 * self._values.of(rows) - 1
@@ -108,8 +106,6 @@ class _MomentsBlock(Block):
 
 
 class _HistogramBlock(Block):
-    norm = 1.0
-
     def __init__(self, values: "_Values", bins: int) -> None:
         self._values, self.size = values, bins
 
@@ -126,7 +122,6 @@ class _QuantilesBlock(Block):
     def __init__(self, values: "_Values", statistic: Quantiles) -> None:
         self._values, self._at, self._levels = values, statistic.at, statistic.levels
         self.size = 2 ** (self._levels + 1) - 2  # levels of 2, 4, … 2^levels bins
-        self.norm = math.sqrt(self._levels)
 
     def measure(self, rows: Examples) -> Floats:
         leaves = _frequencies(self._values.of(rows), 2**self._levels)
@@ -151,8 +146,6 @@ class _QuantilesBlock(Block):
 
 
 class _LabelsBlock(Block):
-    norm = 1.0
-
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels, self.size = labels, len(labels)
 
@@ -166,7 +159,7 @@ class _LabelsBlock(Block):
 class _RowsPerDeviceBlock(Block):
     """One-hot: a device says which power of two its rows come to; its weight is always 1."""
 
-    size, norm = _LARGEST_POWER + 1, 1.0
+    size = _LARGEST_POWER + 1
 
     def measure(self, rows: Examples) -> Floats:
         block = np.zeros(self.size)
@@ -213,6 +206,17 @@ class _Values:
 def blocks_of(question: StatisticsQuestion, contract: DataContract) -> list[Block]:
     """Return a block for each statistic, in order; raise ConfigError where one cannot be asked."""
     return [_block(statistic, contract) for statistic in question.of]
+
+
+def norm_of(statistic: Statistic) -> float:
+    """Return the largest L2 norm that one device's block of a statistic can have."""
+    match statistic:
+        case Variance():
+            return math.sqrt(2)
+        case Quantiles(levels=levels):
+            return math.sqrt(levels)
+        case _:
+            return 1.0
 
 
 def ignores_weight(block: Block) -> bool:

@@ -6,7 +6,15 @@ import msgspec
 import numpy as np
 
 from shared.errors import DataError
-from shared.statistics.blocks import Block, Figures, Floats, Scale, blocks_of, ignores_weight
+from shared.statistics.blocks import (
+    Block,
+    Figures,
+    Floats,
+    Scale,
+    blocks_of,
+    ignores_weight,
+    norm_of,
+)
 from shared.statistics.questions import StatisticsQuestion
 from shared.tasks.contract import DataContract
 from shared.tasks.examples import Examples
@@ -26,6 +34,12 @@ class Answer(msgspec.Struct, frozen=True):
     standard_error: dict[str, float]  # of the noise, by the same names; empty: none was added
 
 
+def largest_norm(question: StatisticsQuestion) -> float:
+    """Return the largest L2 norm of one device's vector, whatever its data; noise goes by it."""
+    # The first number, w, is at most 1.
+    return math.sqrt(1 + sum(norm_of(statistic) ** 2 for statistic in question.of))
+
+
 class StatisticsVector:
     """The layout of one question's vector: the sum of weights, then a block per statistic."""
 
@@ -34,8 +48,7 @@ class StatisticsVector:
         self._question = question
         self._blocks: list[Block] = blocks_of(question, contract)
         self.length = 1 + sum(block.size for block in self._blocks)
-        # The first number, w, is at most 1.
-        self.norm = math.sqrt(1 + sum(block.norm**2 for block in self._blocks))
+        self.norm = largest_norm(question)
 
     def contribution(self, rows: Examples) -> Floats:
         """Return one device's vector, shape (length,), of L2 norm at most `norm`.
