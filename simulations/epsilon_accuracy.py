@@ -29,7 +29,13 @@ from torch import nn
 from shared.run_plan import TrainingPlan
 from shared.tasks.image_classification import ImageClassification
 from simulations.datasets import load_images
-from simulations.summed_training import EncodedMean, Fleet, accuracies, plain_mean
+from simulations.summed_training import (
+    EncodedMean,
+    Fleet,
+    accuracies,
+    plain_mean,
+    shards_of,
+)
 
 DELTA = 1e-6
 ROUNDS = 20
@@ -81,7 +87,8 @@ def measure(devices: int, noise_multiplier: float, *, rounds: int = ROUNDS, seed
         lane_bits=32, clip_norm=CLIP_NORM, seed=seed, noise_multiplier=noise_multiplier
     )
     found = accuracies(fleet, plan, noised, rounds=rounds, seed=seed)
-    charge = charge_of(noised.config(devices, 7850, 1))
+    # Each shard's sum has noise of its own, and a device is in one shard.
+    charge = charge_of(noised.config(min(map(len, shards_of(devices))), 7850, 1))
     spent = charge
     for _ in range(rounds - 1):
         spent = spent + charge

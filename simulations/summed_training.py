@@ -75,6 +75,11 @@ def plain_mean(updates: Sequence[Vector], sizes: Sequence[int], _: int) -> Float
     return total / sum(sizes)
 
 
+def shards_of(devices: int) -> list[NDArray[np.int64]]:
+    """Part devices into as few rosters as hold them, as even as can be."""
+    return np.array_split(np.arange(devices), -(-devices // MAX_ROSTER))
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedMean:
     """The mean as secure sums give it: clip, rotate, round, noise, add lanes, decode.
@@ -91,7 +96,7 @@ class EncodedMean:
         """Average the updates of one round."""
         weights = np.ones(len(sizes)) if self.noise_multiplier else np.array(sizes) / max(sizes)
         rng = np.random.default_rng([self.seed, number])
-        shards = np.array_split(np.arange(len(updates)), -(-len(updates) // MAX_ROSTER))
+        shards = shards_of(len(updates))
         mean = np.zeros(updates[0].size)
         for shard in shards:
             config = self.config(len(shard), updates[0].size, number)
