@@ -23,10 +23,10 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from shared.secure_sum.accounting import charge_of
 from torch import nn
 
 from shared.run_plan import TrainingPlan
+from shared.secure_sum.accounting import charge_of
 from shared.tasks.image_classification import ImageClassification
 from simulations.datasets import load_images
 from simulations.summed_training import (

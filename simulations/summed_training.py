@@ -5,6 +5,7 @@ their updates are averaged either as floats or as encoded lanes. Masks are left 
 vanish from a sum exactly, bit for bit; everything else is what a secure round does.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from shared.tasks.vectors import to_vector
 
 Floats = NDArray[np.float64]
 Average = Callable[[Sequence[Vector], Sequence[int], int], Floats]
+_CORRUPT_FRACTION = 0.1
 _NAMELESS = "0" * 64  # digest of what plays no part here
 
 
@@ -113,7 +115,10 @@ class EncodedMean:
         rng = np.random.default_rng([self.seed, number, 1])
         noise = None
         if self.noise_multiplier:
-            noise = Noise(multiplier=self.noise_multiplier, survivors=devices)
+            honest = devices - math.ceil(
+                _CORRUPT_FRACTION * devices
+            )  # only theirs can be counted on
+            noise = Noise(multiplier=self.noise_multiplier, survivors=honest)
         encoding = choose_encoding(
             length=length,
             lane_bits=self.lane_bits,
@@ -132,7 +137,8 @@ class EncodedMean:
             task_digest=_NAMELESS,
             question_digest=_NAMELESS,
             base_digest=_NAMELESS,
-            min_survivors=2,
+            min_survivors=devices,
+            corrupt_fraction=_CORRUPT_FRACTION,
             max_roster=devices,
             encoding=encoding,
             noise=noise,
