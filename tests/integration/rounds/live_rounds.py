@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import (
@@ -22,6 +23,9 @@ from cloud_coordinator.flower.superlink import SuperLink
 from cloud_coordinator.rounds.cohort import training_seed
 from cloud_coordinator.rounds.initial_model import initial_parameters
 from cloud_coordinator.rounds.worker_messages import (
+    AskDevices,
+    ConfigsSigned,
+    DeviceAnswered,
     DeviceJoined,
     FromWorker,
     NudgeDevices,
@@ -32,6 +36,7 @@ from cloud_coordinator.rounds.worker_messages import (
     RoundSaved,
     RunFailed,
     RunFinished,
+    SignConfigs,
     StartRun,
     WorkerReady,
 )
@@ -40,6 +45,8 @@ from edge_agent.local_data import check_data, read_local_data
 from edge_agent.trainer_messages import (
     FromTrainer,
     MessageWaits,
+    StageAnswered,
+    StageQuestion,
     StartTraining,
     TrainerFailed,
     TrainerJoined,
@@ -53,11 +60,15 @@ from shared.messages import utc_now
 from shared.parameters import Vector
 from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
+from shared.secure_sum.config import CONFIG_PAYLOAD_TYPE
+from shared.signing import seal
 from shared.tasks.spec import TaskSpec
-from tests.enrolled_homes import ALL_MAY_LEAVE, enrol_homes
+from tests.enrolled_homes import ALL_MAY_LEAVE, FLEET, enrol_homes
 
 DEADLINE_S = 90.0
 DEVICES = ("edge-0", "edge-1", "edge-2")
+SECURE_DEVICES = tuple(f"edge-{number}" for number in range(6))
+SUMS_MAY_LEAVE = "min_cohort = 5\nexact_sums = true\n"
 TASK = TaskSpec(
     name="digits",
     uses="tabular",
@@ -83,11 +94,22 @@ def digits_plan(*, rounds: int, epochs: int = 1) -> RunPlan:
     )
 
 
-def write_digits(folder: Path) -> dict[str, Path]:
-    """Give each device the digits of other writers: its own third of the rows."""
+def secure_plan(*, rounds: int) -> RunPlan:
+    plan = digits_plan(rounds=rounds)
+    size = len(SECURE_DEVICES)
+    return msgspec.structs.replace(
+        plan,
+        cohort=msgspec.structs.replace(plan.cohort, size=size, quorum=5),
+        privacy=PrivacyPlan(at_least=4, max_weight=250, clip_norm=4.0, stage_deadline_s=20),
+    )
+
+
+def write_digits(folder: Path, names: Sequence[str] = DEVICES) -> dict[str, Path]:
+    """Give each device the digits of other writers: its own part of the rows."""
     digits = load_digits()
     paths = {}
-    for name, rows in zip(DEVICES, np.array_split(np.arange(len(digits.target)), 3), strict=True):
+    parts = np.array_split(np.arange(len(digits.target)), len(names))
+    for name, rows in zip(names, parts, strict=True):
         paths[name] = folder / f"{name}.npz"
         inputs = digits.data[rows].astype(np.float32)
         np.savez(paths[name], inputs=inputs, targets=digits.target[rows])
@@ -131,8 +153,17 @@ class Device:
 class LiveRounds:
     """What the coordinator does between a worker and the trainers, without its database."""
 
-    def __init__(self, home: Path, superlink: SuperLink) -> None:
+    def __init__(
+        self,
+        home: Path,
+        superlink: SuperLink,
+        *,
+        names: Sequence[str] = DEVICES,
+        policy: str = ALL_MAY_LEAVE,
+    ) -> None:
         self.home = home
+        self.names = names
+        self.enrolled = enrol_homes({name: home / name for name in names}, policy=policy)
         self.superlink = superlink
         self.data: list[Path] = []
         self.devices: dict[str, Device] = {}
@@ -143,19 +174,17 @@ class LiveRounds:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start_trainers(self) -> None:
-        """Start one for each device, with its own third of the digits; return when all joined."""
-        data = write_digits(self.home)
+        """Start one for each device, with its own part of the digits; return when all joined."""
+        data = write_digits(self.home, self.names)
         self.data = list(data.values())
-        await asyncio.gather(*(self._start_trainer(name, data[name]) for name in DEVICES))
+        await asyncio.gather(*(self._start_trainer(name, data[name]) for name in self.names))
 
     async def _start_trainer(self, name: str, data: Path) -> None:
         home = self.home / name
-        home.mkdir()
         key = generate_private_key(SECP256R1())
         key_path = home / "node.pem"
         key_path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
         public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        enrol_homes({name: home}, policy=ALL_MAY_LEAVE)
         DataRegistry(home).add(check_data("digits", data, TASK, now=utc_now()))
         node_id = await self.superlink.register_node(public.decode(), name)
         child = await Child.start(
@@ -193,10 +222,12 @@ class LiveRounds:
             StartRun(
                 run_id="run",
                 session_id="session",
+                fleet=FLEET,
                 plan=plan,
                 resume=resume,
                 next_round=next_round,
                 blobs=str(self.home / "blobs"),
+                scratch=str(self.home / "scratch"),
                 superlink_address=self.superlink.private_address,
                 superlink_ca_pem=self.superlink.ca_pem,
                 superlink_secrets_path=str(self.superlink.secrets_path),
@@ -226,10 +257,14 @@ class LiveRounds:
             match message:
                 case WorkerReady():
                     for device in self.devices.values():
-                        await worker.send(DeviceJoined(device.name, device.node_id))
+                        await worker.send(self._joined(device))
                 case NudgeDevices(names):
                     for name in names:
                         await self.devices[name].child.send(MessageWaits())
+                case SignConfigs(payloads):
+                    await worker.send(ConfigsSigned(tuple(map(self._seal, payloads))))
+                case AskDevices():
+                    await self._ask(message)
                 case RoundClosed(record):
                     self.records.append(record)
                     await worker.send(RoundSaved(record.round_number))
@@ -239,6 +274,25 @@ class LiveRounds:
                     pass
             await self.on_message(message)
 
+    def _joined(self, device: Device) -> DeviceJoined:
+        key = self.enrolled.members[device.name].key
+        return DeviceJoined(
+            device.name, device.node_id, identity_key=str(key), membership_version=1
+        )
+
+    def _seal(self, payload: bytes) -> bytes:
+        return seal(payload, payload_type=CONFIG_PAYLOAD_TYPE, key=self.enrolled.command_key)
+
+    async def _ask(self, asked: AskDevices) -> None:
+        for name in asked.device_ids:
+            question = StageQuestion(
+                message_id="question",
+                session=asked.session,
+                stage=asked.stage,
+                question=asked.question,
+            )
+            await self.devices[name].child.send(question)
+
     async def _hear_trainer(self, device: Device) -> None:
         async for message in device.child.messages(FromTrainer):
             match message:
@@ -246,6 +300,8 @@ class LiveRounds:
                     device.joined.set_result(None)
                 case TrainerReplied(message_id=message_id) if self.worker is not None:
                     await self.worker.send(ReplyWaits(message_id))
+                case StageAnswered(answer=answer) if self.worker is not None:
+                    await self.worker.send(DeviceAnswered(device.name, answer))
                 case TrainerFailed(cause):
                     device.joined.set_exception(UnavailableError(cause))
                 case _:
@@ -260,10 +316,12 @@ async def _ignore(_: FromWorker) -> None:
 
 
 @contextlib.asynccontextmanager
-async def live_rounds(home: Path) -> AsyncIterator[LiveRounds]:
+async def live_rounds(
+    home: Path, *, names: Sequence[str] = DEVICES, policy: str = ALL_MAY_LEAVE
+) -> AsyncIterator[LiveRounds]:
     """Start a SuperLink; end it and all children afterwards."""
     superlink = await SuperLink.start(home)
-    rounds = LiveRounds(home, superlink)
+    rounds = LiveRounds(home, superlink, names=names, policy=policy)
     try:
         yield rounds
     finally:
