@@ -112,8 +112,8 @@ class SumPart:
 
     def _mask(self, opened: _Opened, boxes: Boxes) -> SignedAnswer:
         if opened.lanes is None:
-            vector = np.asarray(opened.vector, np.float32)
-            rng = np.random.default_rng(0)
+            vector = np.asarray(opened.vector)
+            rng = np.random.default_rng(list(self.name.encode()))  # noise of its own
             opened.lanes = encode_vector(
                 opened.config, vector, opened.exact, rng=rng, entropy=rng.bytes
             )
