@@ -22,12 +22,17 @@ from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.rounds.local_host import LocalHost
 from cloud_coordinator.rounds.training_rounds import build_server_app, perform_run
 from edge_agent.data_registry import DataRegistry
+from edge_agent.enrolment import load_enrolment
+from edge_agent.kept_sums import KeptSums, stop_keeper
 from edge_agent.local_data import check_data, read_local_data
+from edge_agent.membership import members_for
 from edge_agent.training_app import build_client_app
 from shared.parameters import load_parameters
 from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
+from shared.signing import SigningKey
 from shared.tasks.spec import TaskSpec
+from tests.enrolled_homes import FLEET, enrol_homes
 
 DEVICES = 3
 DATA = "meter"
@@ -51,10 +56,7 @@ PLAIN = RunPlan(
     privacy=PrivacyPlan(mode="plain"),
     training=TrainingPlan(batch_size=16),
     cohort=CohortPlan(size=DEVICES, quorum=DEVICES),
-    privacy=PrivacyPlan(mode="plain"),
 )
-
-
 SECURE = msgspec.structs.replace(
     PLAIN,
     rounds=1,
