@@ -44,7 +44,7 @@ class ParticipationView(BaseModel):
     device_id: str
     outcome: str
     cause: str
-    num_examples: int  # 0 in secure rounds, where nobody but the device knows
+    num_examples: int | None  # null where nobody but the device knows, as in secure rounds
     seconds: float | None
     bytes_down: int
     bytes_up: int
@@ -166,5 +166,10 @@ def _round_view(row: RoundRow, parts: Iterable[ParticipationRow]) -> RoundView:
         parameters_sha256=row.parameters_sha256,
         answers=row.answers or [],
         secrecy=row.secrecy,
-        participations=[ParticipationView.model_validate(part) for part in parts],
+        participations=[_participation_view(part) for part in parts],
     )
+
+
+def _participation_view(row: ParticipationRow) -> ParticipationView:
+    view = ParticipationView.model_validate(row)
+    return view.model_copy(update={"num_examples": row.num_examples or None})

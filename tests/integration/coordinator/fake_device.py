@@ -36,6 +36,8 @@ from shared.messages import (
     PresenceState,
     ReplyWaiting,
     Reported,
+    SumAnswer,
+    SumQuestion,
     decode,
     delivery_of,
     device_subscriptions,
@@ -184,6 +186,15 @@ class FakeDevice:
             case Nudge(run_id=run_id, session_id=session_id) if self.trains:
                 await self.say(
                     ReplyWaiting(run_id=run_id, session_id=session_id, message_id=uuid.uuid4().hex)
+                )
+            case SumQuestion(question=question) as asked:
+                await self.say(
+                    SumAnswer(
+                        run_id=asked.run_id,
+                        session_id=asked.session_id,
+                        stage=asked.stage,
+                        answer=f"{self.device_id} heard ".encode() + question,
+                    )
                 )
             case Desired(version=version, model_version=model_version):
                 await self.say(

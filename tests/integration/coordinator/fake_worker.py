@@ -2,8 +2,9 @@
 
 Requests are files in the folder given as the only argument: ``hold-N`` keeps round N open,
 ``crash-N`` ends the process in round N (once), ``crash-always`` at the start, ``fail`` ends the
-run, ``babble`` breaks the protocol (once). Parameters of round N are a digest over those of round
-N-1, so the last ones show that every round was trained once, on top of the one before.
+run, ``babble`` breaks the protocol (once), ``sum`` asks the cohort one question of a secure sum and
+keeps what came back as ``signed`` and ``answers``. Parameters of round N are a digest over those
+of round N-1, so the last ones show that every round was trained once, on top of the one before.
 """
 
 import hashlib
@@ -13,8 +14,13 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
+
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.rounds.worker_messages import (
+    AskDevices,
+    ConfigsSigned,
+    DeviceAnswered,
     DeviceJoined,
     DeviceLeft,
     NudgeDevices,
@@ -27,6 +33,7 @@ from cloud_coordinator.rounds.worker_messages import (
     RoundStarted,
     RunFailed,
     RunFinished,
+    SignConfigs,
     StartRun,
     StopRun,
     ToWorker,
@@ -57,6 +64,8 @@ class Worker:
         self.blobs = BlobStore(Path(start.blobs))
         self.joined: set[str] = set()
         self.replies: list[str] = []
+        self.signed: tuple[bytes, ...] = ()
+        self.answers: dict[str, bytes] = {}
         self.saved = -1
         (requests / "starts").open("a").write(f"{start.session_id} {start.next_round}\n")
 
@@ -89,6 +98,8 @@ class Worker:
         while self.asked(f"hold-{number}") or len(self.replies) < len(self.joined):
             self.read(POLL_S)
         self.replies.clear()
+        if self.take("sum"):
+            self.one_sum(cohort)
         self.link.send(
             RoundProgress(
                 round_number=number, stage="train", replied=len(cohort), cohort=len(cohort)
@@ -97,6 +108,21 @@ class Worker:
         before = self.blobs.read(self.last_parameters)
         after = hashlib.sha256(before + str(number).encode()).digest()
         self.close(self.record(number, self.blobs.put(after), cohort))
+
+    def one_sum(self, cohort: tuple[str, ...]) -> None:
+        self.link.send(SignConfigs((b"what it is about",)))
+        ask = AskDevices(
+            device_ids=cohort,
+            session=b"s" * 32,
+            stage="share",
+            question=b"who takes part",
+            deadline_at=self.now() + DEADLINE,
+        )
+        self.link.send(ask)
+        while not self.signed or len(self.answers) < len(cohort):
+            self.read(POLL_S)
+        (self.requests / "signed").write_bytes(self.signed[0])
+        (self.requests / "answers").write_bytes(msgspec.json.encode(self.answers))
 
     def await_devices(self) -> None:
         wanted = self.start.plan.cohort.quorum
@@ -150,8 +176,13 @@ class Worker:
         except queue.Empty:
             return
         match message:
-            case DeviceJoined(device_id=device_id):
+            case DeviceJoined(device_id=device_id, identity_key=key):
                 self.joined.add(device_id)
+                assert key or self.start.plan.privacy.mode == "plain"
+            case ConfigsSigned(sealed):
+                self.signed = sealed
+            case DeviceAnswered(device_id, answer):
+                self.answers[device_id] = answer
             case DeviceLeft(device_id=device_id):
                 self.joined.discard(device_id)
             case ReplyWaits(message_id=message_id):

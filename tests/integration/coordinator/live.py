@@ -34,6 +34,14 @@ def plan(name: str = "nightly", *, rounds: int = 3, quorum: int = 1, size: int =
     )
 
 
+def secure_plan(*, rounds: int = 1) -> RunPlan:
+    """Of sums of five devices."""
+    secure = PrivacyPlan(at_least=4)
+    shape = plan(rounds=rounds)
+    cohort = msgspec.structs.replace(shape.cohort, size=5, quorum=5)
+    return msgspec.structs.replace(shape, cohort=cohort, privacy=secure)
+
+
 async def until(what: str, probe: Callable[[], Awaitable[T | None]]) -> T:
     """Ask ``probe`` until it returns something true."""
     try:
