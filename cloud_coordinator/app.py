@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 
 from cloud_coordinator import health
 from cloud_coordinator.blobs import BlobStore
-from cloud_coordinator.broker import plan_broker, start_broker
+from cloud_coordinator.broker import start_broker
 from cloud_coordinator.control_link import ControlLink
 from cloud_coordinator.database import Database
 from cloud_coordinator.devices import api as devices_api
@@ -117,7 +117,7 @@ class Coordinator:
         self.database = Database(settings.database_url)
         self.database.migrate()
         self.blobs = BlobStore(home / "blobs")
-        self.broker_plan = plan_broker(settings.broker, host=settings.host, port=settings.mqtt_port)
+        self.broker_plan = settings.broker_plan
         self.broker: Supervisor[Child] = Supervisor(
             "broker", partial(start_broker, self.broker_plan, home=home), clock=utc_now, rng=rng
         )
@@ -144,6 +144,7 @@ class Coordinator:
             on_connect=self._greet,
             clock=utc_now,
             rng=rng,
+            ca_pem=self.broker_plan.ca_pem,
         )
         self.rollouts = RolloutService(
             self.database, self.devices, self.models, self.link, clock=utc_now
@@ -283,6 +284,7 @@ class Coordinator:
             fleet_key=str(self.keys.fleet.public),
             api_url=self.settings.api_url,
             mqtt_url=self.broker_plan.url,
+            mqtt_ca_pem=self.broker_plan.ca_pem,
             superlink_ca_pem=self.superlink.current().ca_pem,
         )
         content = msgspec.json.encode(reply)

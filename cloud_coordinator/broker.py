@@ -16,10 +16,13 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import msgspec
+from cryptography import x509
 
+from cloud_coordinator.flower.tls import ensure_tls
 from shared.child import Child
 from shared.errors import ConfigError, UnavailableError
 from shared.listening import require_free_port, require_loopback
+from shared.messages import utc_now
 from shared.mqtt import MAX_PACKET_BYTES
 
 BrokerKind = Literal["embedded", "mosquitto", "external"]
@@ -71,6 +74,13 @@ log_dest stderr
 log_type error
 log_type warning
 """
+_MOSQUITTO_TLS = """\
+certfile {certificate}
+keyfile {key}
+tls_version tlsv1.3
+"""
+_TLS_FOLDER = Path("tls")  # below the broker's folder
+_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,57 +90,120 @@ class BrokerPlan:
     kind: BrokerKind
     host: str
     port: int
+    tls: bool = False  # the embedded broker knows none
+    ca_pem: str = ""  # what an external broker's certificate is signed by; empty: a known CA
 
     @property
     def url(self) -> str:
         """What clients are told."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"mqtt://{host}:{self.port}"
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
 
-def plan_broker(choice: str, *, host: str, port: int) -> BrokerPlan:
-    """Read the setting ``broker``.
+def plan_broker(choice: str, *, host: str, port: int, ca: Path | None = None) -> BrokerPlan:
+    """Read the settings ``broker`` and ``broker_ca``.
 
     Args:
-        choice: ``embedded``, ``mosquitto`` or ``mqtt://host:port``.
+        choice: ``embedded``, ``mosquitto``, ``mqtt://host:port`` or ``mqtts://host:port``.
         host: where a broker of ours listens.
         port: its port.
+        ca: PEM file of the CA of a broker that runs elsewhere; None: a CA that the system knows.
 
     Raises:
-        ConfigError: another word, or an address that is not loopback.
+        ConfigError: another word, an address that is not loopback, or a CA that cannot be used.
     """
+    if ca is not None and not choice.startswith("mqtts://"):
+        raise ConfigError("broker_ca is for a broker at mqtts://host:port; leave it out")
     if choice in {"embedded", "mosquitto"}:
         require_loopback(host, purpose=f"the {choice} broker")
         return BrokerPlan("embedded" if choice == "embedded" else "mosquitto", host, port)
     parts = urlsplit(choice)
-    if parts.scheme != "mqtt" or not parts.hostname:
+    if parts.scheme not in _PORTS or not parts.hostname:
         raise ConfigError(
-            f"broker {choice!r} is not known; write embedded, mosquitto or mqtt://host:port"
+            f"broker {choice!r} is not known; write embedded, mosquitto or mqtt://host:port, "
+            "or mqtts:// for TLS"
         )
-    return BrokerPlan("external", parts.hostname, parts.port or 1883)
-
-
-def mosquitto_config(*, host: str, port: int, state: Path) -> str:
-    """Return the configuration under which mosquitto passes our contract tests."""
-    return _MOSQUITTO_CONFIG.format(
-        host=host, port=port, state=state, packet_bytes=MAX_PACKET_BYTES
+    return BrokerPlan(
+        "external",
+        parts.hostname,
+        parts.port or _PORTS[parts.scheme],
+        tls=parts.scheme == "mqtts",
+        ca_pem="" if ca is None else _read_ca(ca),
     )
 
 
-def write_mosquitto_config(folder: Path, *, host: str, port: int) -> Path:
-    """Write ``mosquitto.conf`` and its state folder into ``folder``; return the file."""
-    state = Path("mosquitto")  # relative: mosquitto is started in the folder
+def _read_ca(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="ascii")
+        x509.load_pem_x509_certificates(text.encode())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"broker_ca {path} is no readable certificate in PEM form; check the path"
+        ) from error
+    return text
+
+
+def mosquitto_config(
+    *,
+    host: str,
+    port: int,
+    state: Path,
+    certificate: Path | None = None,
+    key: Path | None = None,
+) -> str:
+    """Return the configuration under which mosquitto passes our contract tests.
+
+    Args:
+        host: where it listens.
+        port: its port.
+        state: folder of what it keeps.
+        certificate: PEM file; with it, and its ``key``, the listener speaks TLS.
+        key: PEM file.
+    """
+    config = _MOSQUITTO_CONFIG.format(
+        host=host, port=port, state=state, packet_bytes=MAX_PACKET_BYTES
+    )
+    if certificate is None:
+        return config
+    return config + _MOSQUITTO_TLS.format(certificate=certificate, key=key)
+
+
+def write_mosquitto_config(
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    certificate: Path | None = None,
+    key: Path | None = None,
+) -> Path:
+    """Write ``mosquitto.conf`` and its state folder into ``folder``; return the file.
+
+    Args:
+        folder: in which mosquitto is started, so that all paths may be relative to it.
+        host: where it listens.
+        port: its port.
+        certificate: see `mosquitto_config`.
+        key: see `mosquitto_config`.
+    """
+    state = Path("mosquitto")
     (folder / state).mkdir(parents=True, exist_ok=True)
     path = folder / "mosquitto.conf"
-    path.write_text(mosquitto_config(host=host, port=port, state=state), encoding="utf-8")
+    config = mosquitto_config(host=host, port=port, state=state, certificate=certificate, key=key)
+    path.write_text(config, encoding="utf-8")
     return path
+
+
+def broker_ca_pem(home: Path) -> str:
+    """Return the CA of our own mosquitto with TLS, once `start_broker` made it."""
+    return (home / "broker" / _TLS_FOLDER / "ca.pem").read_text(encoding="ascii")
 
 
 async def start_broker(plan: BrokerPlan, *, home: Path) -> Child:
     """Start a broker of ours and return it once it accepts connections.
 
     Args:
-        plan: embedded or mosquitto; an external one is nobody's child.
+        plan: embedded or mosquitto; an external one is nobody's child. With TLS, mosquitto gets a
+            certificate of a CA of its own, see `broker_ca_pem`.
         home: the coordinator's folder; configuration and state go to ``broker/``, its log to
             ``logs/``.
 
@@ -169,7 +242,13 @@ def _mosquitto_argv(plan: BrokerPlan, folder: Path) -> list[str]:
         raise UnavailableError(
             "mosquitto is not installed; install the package 'mosquitto' or use --broker embedded"
         )
-    config = write_mosquitto_config(folder, host=plan.host, port=plan.port)
+    certificate, key = None, None
+    if plan.tls:
+        tls = ensure_tls(folder / _TLS_FOLDER, now=utc_now())
+        certificate, key = tls.certificate.relative_to(folder), tls.key.relative_to(folder)
+    config = write_mosquitto_config(
+        folder, host=plan.host, port=plan.port, certificate=certificate, key=key
+    )
     return [
         sys.executable,
         "-m",

@@ -53,7 +53,8 @@ def serve(
         int | None, typer.Option(help="Port of Flower's Fleet API (8472); 0: any.")
     ] = None,
     broker: Annotated[
-        str | None, typer.Option(help="embedded (default), mosquitto or mqtt://host:port.")
+        str | None,
+        typer.Option(help="embedded (default), mosquitto or mqtt://host:port (mqtts:// for TLS)."),
     ] = None,
     database: Annotated[
         str | None, typer.Option(help="Database URL; default: SQLite in the home.")

@@ -51,11 +51,12 @@ class ControlLink:
         on_connect: Callable[[], Awaitable[None]],
         clock: Callable[[], datetime],
         rng: random.Random,
+        ca_pem: str = "",
     ) -> None:
         """Describe the link.
 
         Args:
-            url: ``mqtt://host:port``.
+            url: ``mqtt://host:port``, or ``mqtts://host:port`` for TLS.
             fleet: part of every topic.
             key: the command key.
             devices: knows whose key must have signed.
@@ -63,6 +64,7 @@ class ControlLink:
             on_connect: called after each connect, once our presence is out.
             clock: returns aware UTC.
             rng: draws the back-off.
+            ca_pem: see `MqttSession`.
         """
         self.epoch = uuid.uuid4().hex  # a new one asks agents to introduce themselves again
         self.received: Counter[str] = Counter()  # by type of message
@@ -79,6 +81,7 @@ class ControlLink:
             on_message=self._take,
             on_connect=self._greet,
             rng=rng,
+            ca_pem=ca_pem,
         )
 
     @property

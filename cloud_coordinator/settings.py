@@ -20,7 +20,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from cloud_coordinator.broker import plan_broker
+from cloud_coordinator.broker import BrokerPlan, plan_broker
 from cloud_coordinator.keys import FleetKeyPlace
 from shared.errors import ConfigError
 from shared.files import write_atomic
@@ -47,7 +47,15 @@ class Settings(BaseSettings):
     fleet_port: int = Field(
         default=8472, ge=0, le=65535, description="Port of the SuperLink's Fleet API; 0: any."
     )
-    broker: str = Field(default="embedded", description="embedded, mosquitto or mqtt://host:port.")
+    broker: str = Field(
+        default="embedded",
+        description="embedded, mosquitto or mqtt://host:port (mqtts:// for TLS).",
+    )
+    broker_ca: Path | None = Field(
+        default=None,
+        description="PEM file of the CA of a broker at mqtts://; without it, a CA that the system "
+        "knows.",
+    )
     database: str = Field(
         default="", description="Database URL; empty: the SQLite file shoal.db in the home."
     )
@@ -101,6 +109,11 @@ class Settings(BaseSettings):
         """The database in use."""
         return self.database or f"sqlite:///{self.home / 'shoal.db'}"
 
+    @property
+    def broker_plan(self) -> BrokerPlan:
+        """Which broker, and where; raises ConfigError where the settings make no sense."""
+        return plan_broker(self.broker, host=self.host, port=self.mqtt_port, ca=self.broker_ca)
+
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
     """Where a coordinator is, in ``service.json`` of its home."""
@@ -131,7 +144,7 @@ def load_settings(file: Path | None = None, **given: Any) -> Settings:
     except ValidationError as error:
         raise ConfigError(_explain(error.errors()[0], file)) from error
     require_loopback(settings.host, purpose="the coordinator")
-    plan_broker(settings.broker, host=settings.host, port=settings.mqtt_port)
+    _ = settings.broker_plan  # refuses what cannot be used
     return settings.model_copy(update={"home": settings.home.absolute()})
 
 

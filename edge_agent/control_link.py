@@ -106,6 +106,7 @@ class ControlLink:
             on_message=self._take,
             on_connect=self._greet,
             rng=rng,
+            ca_pem=enrolment.mqtt_ca_pem,
         )
 
     @property

@@ -57,6 +57,7 @@ class Enrolment:
     model_keys: Mapping[str, VerifyingKey]  # by key id: what may sign manifests
     # By key id: what may sign the membership list. Empty: no secure sum has this device.
     fleet_keys: Mapping[str, VerifyingKey] = field(default_factory=dict)
+    mqtt_ca_pem: str = ""  # of a broker at mqtts://; empty: a CA that the system knows
 
 
 def enroll(
@@ -147,6 +148,7 @@ def load_enrolment(home: Path) -> Enrolment:
         fleet=reply.fleet,
         api_url=reply.api_url,
         mqtt_url=reply.mqtt_url,
+        mqtt_ca_pem=reply.mqtt_ca_pem,
         superlink_ca_pem=reply.superlink_ca_pem,
         node_key_path=home / "node.pem",
         key=identity,

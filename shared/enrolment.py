@@ -73,7 +73,8 @@ class EnrolmentReply(msgspec.Struct, frozen=True, kw_only=True):
     command_key: str  # base64; its key id is what the token pinned
     model_key: str  # base64; signs manifests
     api_url: str
-    mqtt_url: str  # mqtt://host:port
+    mqtt_url: str  # mqtt://host:port, or mqtts:// for TLS
+    mqtt_ca_pem: str = ""  # of such a broker; empty: a CA that the system knows
     superlink_ca_pem: str
     fleet_key: str = ""  # base64; signs the membership list. Empty: a coordinator without one
 

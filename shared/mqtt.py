@@ -13,6 +13,7 @@ import logging
 import math
 import random
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from shared.messages import MAX_MESSAGE_BYTES
 logger = logging.getLogger(__name__)
 
 MAX_PACKET_BYTES = MAX_MESSAGE_BYTES + 1024  # room for topic and properties; set brokers to this
-_DEFAULT_PORT = 1883
+_DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 _LONGEST_BACK_OFF_S = 60.0
 _STEADY_AFTER_S = 60.0  # a connection that lived so long resets the back-off
 _CALL_TIMEOUT_S = 10.0  # for connecting, subscribing and the broker's acknowledgement
@@ -62,22 +63,25 @@ class MqttSession:
         on_message: Callable[[str, bytes], Awaitable[None]],
         on_connect: Callable[[], Coroutine[Any, Any, None]],
         rng: random.Random,
+        ca_pem: str = "",
     ) -> None:
         """Describe the session; nothing is sent before `run`.
 
         Args:
-            url: ``mqtt://host:port``.
+            url: ``mqtt://host:port``, or ``mqtts://host:port`` for TLS.
             client_id: names the session at the broker; a second user of it throws out the first.
             subscriptions: topic filters, subscribed again (QoS 1) after each connect.
             will: what the broker publishes when the connection dies without a goodbye.
             on_message: gets topic and payload, one at a time; its errors are logged, never fatal.
             on_connect: called after each connect, beside the delivery of messages.
             rng: draws the back-off.
+            ca_pem: what a TLS broker's certificate must be signed by; empty: a CA of the system.
 
         Raises:
-            ConfigError: the URL is of another kind.
+            ConfigError: the URL is of another kind, or the CA is no PEM certificate.
         """
-        self._host, self._port = _parse(url)
+        scheme, self._host, self._port = _parse(url)
+        self._tls = _tls_context(ca_pem) if scheme == "mqtts" else None
         self._client_id = client_id
         self._subscriptions = tuple(subscriptions)
         self._will = will
@@ -206,6 +210,7 @@ class MqttSession:
             keepalive=_KEEPALIVE_S,
             timeout=_CALL_TIMEOUT_S,
             max_inflight_messages=_IN_FLIGHT,
+            tls_context=self._tls,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         client.pending_calls_threshold = 10 * _IN_FLIGHT
@@ -217,16 +222,27 @@ class MqttSession:
         )
 
 
-def _parse(url: str) -> tuple[str, int]:
-    """Split ``mqtt://host:port``; raise ConfigError for anything else."""
+def _parse(url: str) -> tuple[str, str, int]:
+    """Split ``mqtt://host:port`` or ``mqtts://…``; raise ConfigError for anything else."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if host is None or parts.scheme != "mqtt":
-        raise ConfigError(f"{url!r} is not an MQTT address; write mqtt://host:port")
-    return host, port or _DEFAULT_PORT
+    if host is None or parts.scheme not in _DEFAULT_PORTS:
+        raise ConfigError(
+            f"{url!r} is not an MQTT address; write mqtt://host:port, or mqtts:// for TLS"
+        )
+    return parts.scheme, host, port or _DEFAULT_PORTS[parts.scheme]
+
+
+def _tls_context(ca_pem: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cadata=ca_pem or None)
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            "the broker's CA is no certificate in PEM form; check the file that broker_ca names"
+        ) from error
 
 
 def _as_will(message: Outgoing | None) -> aiomqtt.Will | None:

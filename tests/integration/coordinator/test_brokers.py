@@ -1,22 +1,26 @@
 """The brokers that the coordinator starts, and what it says when one cannot be started."""
 
 import asyncio
+import gc
 import random
 import shutil
 import signal
 import socket
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from cloud_coordinator.broker import (
     BrokerPlan,
+    broker_ca_pem,
     mosquitto_config,
     plan_broker,
     start_broker,
     write_mosquitto_config,
 )
+from cloud_coordinator.flower.tls import ensure_tls
 from shared.errors import ConfigError, UnavailableError
 from shared.listening import free_port
 from shared.messages import MAX_MESSAGE_BYTES
@@ -156,6 +160,89 @@ def test_a_broker_elsewhere_is_a_url() -> None:
     plan = plan_broker("mqtt://broker.example:1999", host="127.0.0.1", port=1)
     assert (plan.kind, plan.url) == ("external", "mqtt://broker.example:1999")
     assert plan_broker("mqtt://b", host="127.0.0.1", port=1).port == 1883
+
+
+def test_a_broker_elsewhere_may_have_a_certificate_of_its_own_authority(tmp_path: Path) -> None:
+    ca = ensure_tls(tmp_path, now=datetime.now(UTC)).ca
+    plan = plan_broker("mqtts://b", host="127.0.0.1", port=1, ca=ca)
+    assert (plan.url, plan.ca_pem) == ("mqtts://b:8883", ca.read_text())
+    assert plan_broker("mqtts://b", host="127.0.0.1", port=1).ca_pem == ""
+
+
+@pytest.mark.parametrize(
+    ("choice", "content", "sentence"),
+    [
+        ("mqtt://b", "", "broker_ca is for a broker at mqtts://host:port"),
+        ("mosquitto", "", "broker_ca is for a broker at mqtts://host:port"),
+        ("mqtts://b", "no certificate", "is no readable certificate in PEM form"),
+        ("mqtts://b", None, "is no readable certificate in PEM form"),
+    ],
+)
+def test_an_authority_that_cannot_be_used_is_refused(
+    choice: str, content: str | None, sentence: str, tmp_path: Path
+) -> None:
+    ca = tmp_path / "ca.pem"
+    if content is not None:
+        ca.write_text(content)
+    with pytest.raises(ConfigError, match=sentence):
+        plan_broker(choice, host="127.0.0.1", port=1, ca=ca)
+
+
+# paho leaves the socket of a handshake that failed to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <ssl.SSLSocket")
+async def test_mosquitto_speaks_tls_with_those_who_know_its_authority(tmp_path: Path) -> None:
+    require_program("mosquitto", package="mosquitto")
+    plan = BrokerPlan("mosquitto", "127.0.0.1", free_port(), tls=True)
+    child = await start_broker(plan, home=tmp_path)
+    connected = asyncio.Event()
+
+    async def note() -> None:
+        connected.set()
+
+    async def ignore(*_: object) -> None:
+        pass
+
+    def session(name: str, ca_pem: str) -> MqttSession:
+        return MqttSession(
+            plan.url,
+            client_id=name,
+            subscriptions=["t"],
+            will=None,
+            on_message=ignore,
+            on_connect=note if ca_pem else ignore,
+            rng=random.Random(1),  # noqa: S311  # jitter
+            ca_pem=ca_pem,
+        )
+
+    stranger = session("stranger", "")
+    running = [
+        asyncio.create_task(each.run())
+        for each in (stranger, session("friend", broker_ca_pem(tmp_path)))
+    ]
+    try:
+        await asyncio.wait_for(connected.wait(), TIME_LIMIT_S)
+        with pytest.raises(UnavailableError):
+            await stranger.publish(Outgoing("t", b""))
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+        await child.stop()
+        gc.collect()
+
+
+def test_a_session_refuses_an_authority_that_is_no_certificate() -> None:
+    with pytest.raises(ConfigError, match="no certificate in PEM form"):
+        MqttSession(
+            "mqtts://127.0.0.1",
+            client_id="x",
+            subscriptions=(),
+            will=None,
+            on_message=lambda *_: asyncio.sleep(0),
+            on_connect=lambda: asyncio.sleep(0),
+            rng=random.Random(1),  # noqa: S311  # jitter
+            ca_pem="rubbish",
+        )
 
 
 @pytest.mark.parametrize("choice", ["rabbit", "http://x", "mqtt://"])
