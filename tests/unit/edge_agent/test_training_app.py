@@ -1,7 +1,8 @@
 import itertools
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -15,23 +16,37 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.supercore.task_identity import TaskIdentity
+from msgspec import structs
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from edge_agent import training_app
 from edge_agent.data_registry import DataRegistry
 from edge_agent.local_data import LocalData, check_data
+from edge_agent.secure_sums import SecureSums
 from edge_agent.sum_access import NoOwner
 from edge_agent.training import evaluate, train
 from edge_agent.training_app import app, build_client_app, device_seed, load_from_home
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError
+from shared.messages import utc_now
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
+from shared.secure_sum.config import CONFIG_PAYLOAD_TYPE, Purpose, encode_config
+from shared.secure_sum.messages import Advertised, SignedAnswer, decode
+from shared.secure_sum.questions import (
+    base_digest_of,
+    evaluation_question,
+    statistics_question,
+    training_question,
+)
+from shared.signing import seal
 from shared.tasks.examples import Examples, held_out_rows
 from shared.tasks.registry import load_task
 from shared.tasks.spec import TaskSpec
 from shared.tasks.task import seeded_model
 from shared.tasks.vectors import to_vector
-from tests.enrolled_homes import ALL_MAY_LEAVE, enrol_homes
+from tests.enrolled_homes import ALL_MAY_LEAVE, FLEET, enrol_homes
+from tests.unit.edge_agent.sum_fleet import ENCODING, config_of
 
 LINE = TaskSpec(
     "line",
@@ -311,3 +326,137 @@ def test_a_loader_that_finds_nothing_is_an_answer_too() -> None:
     reply = build_client_app(load, sums_of=no_owner)(train_message(), context_of(Path("nowhere")))
 
     assert failure_of(reply) == "no data for task 'line'"
+
+
+def test_in_a_secure_round_the_reply_holds_a_signed_answer_and_nothing_else(
+    tmp_path: Path, home: Path
+) -> None:
+    replies = secure_replies(home, tmp_path, "min_cohort = 3\nexact_sums = true\n")
+
+    for reply in replies:
+        assert reply.has_content(), reply.error
+        assert list(reply.content) == ["sum"]
+        assert list(reply.content.config_records["sum"]) == ["answer"]
+        answer = decode(cast("bytes", reply.content["sum"]["answer"]), SignedAnswer)
+        assert answer.refusal == ""
+        decode(answer.body, Advertised)
+
+
+def test_a_sum_that_the_owner_does_not_allow_is_refused_before_anything_is_trained(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the owner said no")
+
+    for name in ("train", "evaluate"):
+        monkeypatch.setattr(training_app, name, never)
+    for reply in secure_replies(home, tmp_path, "exact_sums = true\n"):
+        assert "min_cohort = 18 in policy.toml" in failure_of(reply)
+
+
+def test_parameters_other_than_those_signed_for_are_refused(tmp_path: Path, home: Path) -> None:
+    policy = "min_cohort = 3\nexact_sums = true\n"
+    for reply in secure_replies(home, tmp_path, policy, parameters=START + 1):
+        assert "the parameters that came with this sum" in failure_of(reply)
+
+
+def test_training_that_fails_is_a_signed_refusal_with_its_reason(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object, **__: object) -> None:
+        raise ConfigError("training diverged; lower the rate")
+
+    monkeypatch.setattr(training_app, "train", diverge)
+    trained, *_ = secure_replies(home, tmp_path, "min_cohort = 3\nexact_sums = true\n")
+
+    answer = decode(cast("bytes", trained.content["sum"]["answer"]), SignedAnswer)
+    assert (answer.body, answer.refusal) == (b"", "training diverged; lower the rate")
+
+
+def test_a_sum_for_another_purpose_than_the_message_is_declined(tmp_path: Path, home: Path) -> None:
+    policy = "min_cohort = 3\nexact_sums = true\n"
+    trained, *_ = secure_replies(home, tmp_path, policy, purpose="evaluate")
+
+    answer = decode(cast("bytes", trained.content["sum"]["answer"]), SignedAnswer)
+    assert answer.refusal == "a sum to evaluate came with a message to train"
+
+
+def test_stages_without_their_record_are_refused(home: Path) -> None:
+    for stage in ("share", "mask", "consent", "reveal"):
+        reply = app(Message(RecordDict({}), 2, f"query.{stage}"), context_of(home))
+        assert failure_of(reply) == "the message's record 'sum' holds no session"
+
+
+def test_statistics_leave_in_no_other_way_than_a_sum(home: Path) -> None:
+    question = ConfigRecord({"json": '{"of": [{"kind": "count"}]}'})
+    message = Message(RecordDict({"statistics": question}), 2, "query.statistics")
+
+    assert failure_of(app(message, context_of(home))) == (
+        "statistics leave a device only in a secure sum"
+    )
+
+
+def secure_replies(
+    home: Path,
+    folder: Path,
+    policy: str,
+    *,
+    parameters: Vector = START,
+    purpose: Purpose | None = None,
+) -> list[Message]:
+    """Return what a device replies to a train, an evaluate and a statistics message.
+
+    Args:
+        home: its home.
+        folder: holds it; for its peers' homes.
+        policy: of its owner.
+        parameters: what is sent; always signed are those of `START`.
+        purpose: what the first configuration is for, instead of training.
+    """
+    peers = {f"edge-{number}": folder / f"home-{number}" for number in (2, 3)}
+    enrolled = enrol_homes({"edge-1": home, **peers}, policy=policy)
+    sums = SecureSums(home)
+    client = build_client_app(load_from_home, sums_of=lambda _: sums)
+
+    def sealed(**fields: Any) -> ConfigRecord:
+        config = config_of(
+            fleet=FLEET,
+            task_digest=LINE.digest,
+            expires_at=utc_now() + timedelta(hours=1),
+            **fields,
+        )
+        content = seal(
+            encode_config(config), payload_type=CONFIG_PAYLOAD_TYPE, key=enrolled.command_key
+        )
+        return ConfigRecord({"config": content})
+
+    train_ = train_message(parameters)
+    plan = str(train_.content.config_records["plan"]["json"]).encode()
+    train_.content["sum"] = sealed(
+        purpose=purpose or "train",
+        question_digest=training_question(plan),
+        base_digest=base_digest_of(START),
+        encoding=structs.replace(ENCODING, length=2),
+    )
+    evaluate_ = Message(RecordDict({"parameters": ArrayRecord([parameters])}), 2, "evaluate")
+    evaluate_.content["sum"] = sealed(
+        purpose="evaluate",
+        question_digest=evaluation_question(),
+        base_digest=base_digest_of(START),
+        encoding=structs.replace(ENCODING, length=0),
+    )
+    question = b'{"of": [{"kind": "count"}]}'
+    statistics = ConfigRecord({"json": question.decode()})
+    ask = Message(RecordDict({"statistics": statistics}), 2, "query.statistics")
+    ask.content["sum"] = sealed(
+        purpose="statistics",
+        question_digest=statistics_question(question),
+        base_digest=None,
+        encoding=structs.replace(ENCODING, length=2),
+        exact_lanes=(),
+    )
+    messages = [train_, evaluate_]
+    if parameters is START and purpose is None:
+        messages.append(ask)
+    with sums:
+        return [client(message, context_of(home)) for message in messages]
