@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 import msgspec
@@ -19,17 +19,17 @@ from cloud_coordinator.rounds.pending import PendingSum, Scratch
 from cloud_coordinator.rounds.roster import Roster
 from cloud_coordinator.rounds.stage import Stage as FlowerStage
 from cloud_coordinator.rounds.sum_session import GroupSum, Session
-from cloud_coordinator.rounds.worker_messages import Participation
+from cloud_coordinator.rounds.worker_messages import Participation, WaitingForDevices
 from shared.errors import ConfigError, PeerError, QuorumError, ShoalError
 from shared.secure_sum.config import Purpose, SumConfig, digest_of, encode_config
 from shared.secure_sum.lifecycle import ServerState
 from shared.secure_sum.masking import Lanes
 from shared.secure_sum.messages import SignedAnswer, encode
+from shared.secure_sum.questions import SPENT
 from shared.secure_sum.server import SumServer
 
 logger = logging.getLogger(__name__)
 
-SPENT = "is spent"  # in the words of a device that will send no second vector for this model
 _SNAPSHOTS_COST = 0.1  # at most so much of the time is spent on snapshots while vectors arrive
 _WHILE: Mapping[CarriedStage, str] = {
     "share": "while keys were shared",
@@ -450,7 +450,10 @@ class SumWork:
     def _await_devices(self) -> None:
         """Wait until those who are needed are back, and a moment longer for the others."""
         host, roster = self._host, self._roster
-        deadline_s = host.seconds() + host.plan.cohort.recruit_deadline_s
+        patience_s = host.plan.cohort.recruit_deadline_s
+        deadline_s = host.seconds() + patience_s
+        until = host.now() + timedelta(seconds=patience_s)
+        told = -1
         while (left_s := deadline_s - host.seconds()) > 0:
             roster.look_around()
             missing = [self._missing(session) for session in self._living()]
@@ -458,6 +461,12 @@ class SumWork:
             enough = all(here >= 0 for _, here in missing) and roster.quiet_s >= SETTLE_S
             if all_back or enough:
                 return
+            out = sum(each for each, _ in missing)
+            wanted = sum(len(session.server.waiting_for) for session in self._living())
+            if told != out:
+                told = out
+                waiting = WaitingForDevices(joined=wanted - out, wanted=wanted, until=until)
+                host.report(waiting)
             roster.wait(min(left_s, 1.0))
 
     def _missing(self, session: Session) -> tuple[int, int]:

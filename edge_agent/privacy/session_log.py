@@ -15,6 +15,7 @@ from edge_agent.privacy.lifecycle import TERMINAL, SumEvent, SumState, next_stat
 from edge_agent.privacy.sources import DataUse
 from shared.errors import PeerError, PolicyError
 from shared.secure_sum.config import SumConfig
+from shared.secure_sum.questions import SPENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +161,7 @@ def check_unspent(connection: sqlite3.Connection, config: SumConfig, data: DataU
         _spent_key(config, data),
     ).fetchone()
     if row is not None:
-        raise PeerError(
-            "a vector for this run, base and question was sent already; it is spent, and a session "
-            "that was interrupted can only be resumed"
-        )
+        raise PeerError(f"{SPENT}, and a session that was interrupted can only be resumed")
 
 
 def spend(connection: sqlite3.Connection, config: SumConfig, data: DataUse) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 
 from shared.parameters import Vector
 
+# How a refusal to send a second vector begins; the coordinator then asks that device no more.
+SPENT = "a vector for this run, base and question was sent already; it is spent"
+
 
 def base_digest_of(parameters: Vector) -> str:
     """Return the hex SHA-256 of parameters, shape (d,) float32, as every device receives them."""

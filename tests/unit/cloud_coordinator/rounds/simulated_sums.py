@@ -22,9 +22,8 @@ from shared.secure_sum.messages import (
     decode,
     encode,
 )
+from shared.secure_sum.questions import SPENT
 from shared.signing import SigningKey, VerifyingKey, open_sealed
-
-SPENT = "a vector for this run, base and question was sent already; it is spent"
 
 
 @dataclass

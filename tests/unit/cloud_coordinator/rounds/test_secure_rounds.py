@@ -1,6 +1,7 @@
 """Stories of rounds by secure sums, told by a simulated fleet of real clients in simulated time."""
 
 import hashlib
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from flwr.app import ArrayRecord, RecordDict
 
 from cloud_coordinator.rounds.worker_messages import (
     AskDevices,
@@ -26,6 +28,7 @@ from shared.run_plan import RunPlan
 from shared.secure_sum.config import digest_of, encode_config
 from shared.secure_sum.masking import Lanes
 from shared.secure_sum.messages import SignedAnswer, sign_answer
+from shared.secure_sum.server import SumServer
 from tests.unit.cloud_coordinator.rounds.simulated_fleet import (
     SimulatedFleet,
     SimulatedHost,
@@ -303,6 +306,57 @@ def test_secure_rounds_keep_no_number_of_a_single_device(tmp_path: Path) -> None
 
     assert all(part.num_examples == 0 for r in host.records for part in r.participations)
     assert host.records[1].metrics["loss"] < host.records[0].metrics["loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "cause"),
+    [
+        ("lanes", np.zeros(4, np.float32), "in place of a uint16 or uint32 vector"),
+        ("lanes", np.zeros((2, 2), np.uint16), "in place of a uint16 or uint32 vector"),
+        ("lanes", np.zeros(5, np.uint16), "another vector"),
+        ("exact", np.zeros(3, np.int64), "in place of a uint64 vector"),
+        ("exact", None, "only one of the two arrays"),
+    ],
+)
+def test_a_masked_vector_that_is_none_costs_its_device_the_round(
+    tmp_path: Path, name: str, array: Any, cause: str
+) -> None:
+    fleet, host = a_run(tmp_path)
+
+    def alter(content: RecordDict) -> None:
+        if name in content:
+            del content[name]
+            if array is not None:
+                content[name] = ArrayRecord([array])
+
+    fleet.devices["edge-2"].alter = alter
+    host.perform()
+
+    record = host.records[1]
+    assert record.state == "committed"
+    assert part_of(record, "edge-2").outcome == "failed"
+    assert cause in part_of(record, "edge-2").cause
+    expected = whole_mean(fleet, host, *others(fleet, "edge-2"))
+    np.testing.assert_allclose(host.parameters(), expected, atol=2e-3)
+
+
+def test_each_masked_vector_is_dropped_before_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, host = a_run(tmp_path)
+    seen: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    take = SumServer.take_masked
+
+    def watched(server: SumServer, answer: SignedAnswer, lanes: Lanes) -> bool:
+        seen.append(weakref.ref(lanes.main))
+        alive.append(sum(ref() is not None for ref in seen))
+        return take(server, answer, lanes)
+
+    monkeypatch.setattr(SumServer, "take_masked", watched)
+    host.perform()
+
+    assert alive == [1] * 7
 
 
 # --- crashes -----------------------------------------------------------------------------------
