@@ -109,10 +109,12 @@ def skellam_rdp(sensitivity: Sensitivity, variance: float) -> RdpCurve:
         variance: of the noise of the sum, in steps².
     """
     squared, l1 = sensitivity.l2_squared, sensitivity.l1
-    gaussian = _ALPHA * squared / (2 * variance)
-    beyond = np.minimum(
-        ((2 * _ALPHA - 1) * squared + 6 * l1) / (4 * variance**2), 3 * l1 / (2 * variance)
-    )
+    with np.errstate(divide="ignore", over="ignore"):  # of next to no noise
+        gaussian = _ALPHA * squared / (2 * variance)
+        beyond = np.minimum(
+            ((2 * _ALPHA - 1) * squared + 6 * l1) / (4 * variance**2),
+            np.divide(3 * l1, 2 * variance),
+        )
     return _curve(gaussian + beyond)
 
 
@@ -175,4 +177,7 @@ def sum_sigma(config: SumConfig) -> float:
 
 
 def _curve(divergences: NDArray[np.float64]) -> RdpCurve:
+    """Return the curve, of nothing promised where a divergence is too large to be a number."""
+    if not np.isfinite(divergences).all():
+        return RdpCurve.unbounded()
     return RdpCurve(tuple(divergences.tolist()))

@@ -38,6 +38,7 @@ _DOT_PIECE = 2**13  # below the length at which BLAS starts threads
 _CLOSE = 2**-20  # norms that differ by less than this part of them may be the same
 _PLAIN_NORM = 1e15  # up to this and down to its inverse, float32 serves for squares and scales
 _ATTEMPTS = 16  # to round below the sensitivity, before a vector is made shorter
+_MOST_ATTEMPTS = 64
 
 
 def encode(
@@ -117,10 +118,11 @@ def _encode_exact(lanes: tuple[ExactLane, ...], values: Mapping[str, float]) -> 
         raise ValueError(f"exact values for {sorted(values)}, not those of the configuration")
     steps = []
     for lane in lanes:
-        scaled = values[lane.name] * lane.steps_per_unit
-        if not math.isfinite(scaled):
+        if not math.isfinite(values[lane.name]):
             raise ValueError(f"the exact value {lane.name!r} is not finite")
-        steps.append(max(-lane.max_steps, min(lane.max_steps, round(scaled))))
+        # Steps so many that they overflow are clamped too: an error would tell that they are.
+        scaled = values[lane.name] * lane.steps_per_unit
+        steps.append(round(max(-lane.max_steps, min(lane.max_steps, scaled))))
     return np.array(steps, np.int64).view(np.uint64)
 
 
@@ -147,6 +149,8 @@ class _Rounding:
             norm *= shorter
         self._at_the_edge = norm > encoding.clip_norm * (1 - _CLOSE / 2)
         if encoding.rotation_seed is not None:
+            if norm > _PLAIN_NORM:  # a rotated coordinate may be as large as the norm
+                vector = vector.astype(np.float64, copy=False)
             vector = rotate(vector, encoding.rotation_seed)
         if not 1 / _PLAIN_NORM < self._scale < _PLAIN_NORM:
             vector = vector.astype(np.float64, copy=False)
@@ -161,6 +165,9 @@ class _Rounding:
         for attempt in itertools.count(1):
             self.into(integers)
             if _square_of(integers) <= largest:
+                return
+            if attempt >= _MOST_ATTEMPTS:  # whatever the numbers are, this ends
+                integers.fill(0)
                 return
             if attempt >= _ATTEMPTS:  # only rounding errors of floats can lead here
                 self._scale *= 0.99

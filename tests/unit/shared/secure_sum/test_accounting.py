@@ -246,6 +246,13 @@ def test_a_sum_without_noise_costs_everything() -> None:
     assert charge_of(noised(noise=None)).infinite
 
 
+@pytest.mark.parametrize("multiplier", [1e-150, 1e-160])
+def test_next_to_no_noise_costs_next_to_everything_and_is_no_error(multiplier: float) -> None:
+    charge = charge_of(noised(noise=Noise(multiplier=multiplier, survivors=2)))
+
+    assert charge.epsilon(1e-6) > 1e100
+
+
 def test_a_charge_is_that_of_the_multiplier_where_all_shares_are_certain() -> None:
     charge = charge_of(noised())
 

@@ -299,6 +299,27 @@ def test_whole_steps_stay_exact_up_to_the_clip_norm_itself(bits: LaneBits, lengt
         assert lanes.tolist() == [sign * steps] * length
 
 
+@pytest.mark.parametrize("noise", [None, Noise(multiplier=1, survivors=1)])
+@pytest.mark.parametrize("size", [1e30, 3e38])
+def test_the_largest_float32_numbers_are_rotated_without_overflow(
+    noise: Noise | None, size: float
+) -> None:
+    # One step is 1e298: nothing is left of them, and before, the device rounded for ever.
+    chosen = encoding_of(
+        lane_bits=32,
+        length=4096,
+        clip_norm=1e300,
+        steps_per_unit=1e-298,
+        max_steps=1000,
+        rotation_seed=SEED,
+    )
+    config = config_of(encoding=chosen, exact_lanes=(), noise=noise, max_roster=8)
+
+    lanes = centred(encoded(config, np.full(4096, size, np.float32)))
+
+    assert np.abs(lanes).max() <= (1 if noise is None else 10 * sensitivity_of(chosen).l2)
+
+
 def test_a_short_vector_is_not_clipped() -> None:
     config = sum_config(1000, clip_norm=1.0)
 
@@ -371,6 +392,17 @@ def test_exact_values_are_clamped_to_what_the_lane_holds() -> None:
     lanes = encoded(config, np.zeros(0), {"rows": 10**30, "loss": -1e300})
 
     assert decode_sum(config, lanes, count=1)[1] == {"rows": 1000.0, "loss": -1e6}
+
+
+def test_steps_so_fine_that_a_value_overflows_are_no_way_to_ask_how_large_it_is() -> None:
+    # An error for 51 rows and none for 50 would tell a coordinator that chooses the steps.
+    overflowing = ExactLane(name="rows", steps_per_unit=1.7e308 / 50, max_steps=1000)
+    config = sum_config(0, exact_lanes=(overflowing,))
+
+    below, above = (encoded(config, np.zeros(0), {"rows": rows}) for rows in (50, 500))
+
+    np.testing.assert_array_equal(below.exact, above.exact)
+    assert encoded(config, np.zeros(0), {"rows": -500}).exact.view(np.int64) == [-1000]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
