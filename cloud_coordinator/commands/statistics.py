@@ -100,9 +100,10 @@ def _how(secrecy: Mapping[str, Any]) -> dict[str, str]:
     facts = {"devices": "; ".join([devices, *missing])}
     if secrecy["noise"] == "none":
         return {**facts, "noise": "none: the figures are exact"}
-    epsilon = secrecy["epsilon"]
-    cost = f"ε = {epsilon:.3g} at δ = {secrecy['delta']:g} of each device's training rows"
-    return {**facts, "noise": "added by the devices", "cost": cost if epsilon else "no ε"}
+    cost = "no ε is promised"
+    if secrecy["epsilon"] is not None:
+        cost = f"ε = {secrecy['epsilon']:.3g} at δ = {secrecy['delta']:g} of each device's rows"
+    return {**facts, "noise": "added by the devices", "cost": cost}
 
 
 def _rows(answer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
