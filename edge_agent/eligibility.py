@@ -78,9 +78,24 @@ def decide(
     assert not isinstance(policy, No)
     if reason := _forbidden(invitation, policy):
         return No(reason)
-    if data.train_rows < invitation.min_examples:
-        return No(f"fewer training examples here than the {invitation.min_examples} asked for")
+    if reason := too_few(data.train_rows, invitation.min_examples):
+        return No(reason)
     return Yes(data.name)
+
+
+def too_few(train_rows: int, min_examples: int) -> str:
+    """Return why a device has too few training examples; empty where it has enough.
+
+    The number is the coordinator's, and may be another one each time: halving what is left, twenty
+    questions would tell exactly how many rows there are. So only powers of two are told apart.
+    """
+    wanted = 1 << max(0, min_examples - 1).bit_length()
+    if train_rows >= wanted:
+        return ""
+    return (
+        f"fewer than {wanted} training examples here; devices tell powers of two apart, so the "
+        f"{min_examples} asked for count as so many"
+    )
 
 
 def _forbidden(invitation: Invitation, policy: OwnerPolicy) -> str:

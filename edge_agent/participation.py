@@ -310,7 +310,8 @@ class Participation:
                 self._mailbox.put_nowait(_Said(trainer, message))
         except PeerError as error:
             logger.warning("stopping the trainer: %s", error)
-            self._mailbox.put_nowait(_Said(trainer, TrainerFailed(str(error))))
+            cause = "the trainer said what is no message; the agent's log on the device says more"
+            self._mailbox.put_nowait(_Said(trainer, TrainerFailed(cause)))
             trainer.kill()
         self._mailbox.put_nowait(_Ended(trainer, await trainer.wait()))
 
@@ -366,8 +367,8 @@ class Participation:
             return part.failure
         if status == 0:
             return "the trainer heard nothing any more and ended"
-        last_words = part.trainer.log_tail(1)
-        return f"the trainer ended with status {status}: {last_words or 'no last words'}"
+        # Its last words may quote the owner's rows; they stay in its log.
+        return f"the trainer ended with status {status}; its log on the device says more"
 
 
 def _is_about(post: _Post, part: _Part) -> bool:

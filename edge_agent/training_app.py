@@ -34,12 +34,14 @@ from edge_agent.contributions import (
     training_contribution,
 )
 from edge_agent.data_registry import DataRegistry
+from edge_agent.eligibility import too_few
 from edge_agent.kept_sums import KeptSums
 from edge_agent.local_data import LocalData, read_local_data
 from edge_agent.privacy.sources import DataUse, Part
+from edge_agent.reply_guard import UndeclaredFieldError, check_reply
 from edge_agent.secure_messages import reply_with, sealed_config_in, stage_question_in
 from edge_agent.sum_access import Sums
-from edge_agent.training import Update, evaluate, train
+from edge_agent.training import DivergedError, Update, evaluate, train
 from shared.errors import ConfigError, DataError, PeerError, ShoalError
 from shared.messages import RelayedStage
 from shared.parameters import Vector
@@ -137,10 +139,15 @@ class _Reached:
 
 def _reply(message: Message, work: Callable[[], RecordDict]) -> Message:
     try:
-        return Message(work(), reply_to=message)
+        content = work()
+        check_reply(content, is_summed="sum" in message.content.config_records)
+        return Message(content, reply_to=message)
     except ShoalError as error:
         logger.warning("message refused: %s", error)
         cause = str(error)
+    except UndeclaredFieldError as error:
+        logger.error("reply held back: %s", error)  # noqa: TRY400  # where it was found says nothing
+        cause = "this device held its reply back; see the log on the device"
     except Exception as error:  # stock Flower would send its text, which may quote local data
         logger.exception("the client app failed")
         cause = f"{type(error).__name__} in the client app; see the log on the device"
@@ -161,10 +168,8 @@ class _Device:
         content = message.content
         request, plan = _request_in(content)
         received = _parameters_in(content)
-        if len(self._data.train) < max(1, request.min_examples):
-            raise DataError(
-                f"fewer training examples here than the {request.min_examples} asked for"
-            )
+        if reason := too_few(len(self._data.train), request.min_examples):
+            raise DataError(reason)
 
         def update() -> Update:
             return train(
@@ -177,6 +182,13 @@ class _Device:
                 device=_torch_device(),
             )
 
+        def update_or_nothing() -> Update:
+            try:
+                return update()
+            except DivergedError as error:  # to say no would tell of this device's data
+                logger.warning("%s; zeros go into the sum", error)
+                return Update.nothing(received)
+
         sealed = sealed_config_in(content)
         if sealed is None:
             self._sums.allow_plain_update(self._run_id, request.round, self._use("train"))
@@ -186,7 +198,7 @@ class _Device:
         return self._take_part(
             sealed,
             "train",
-            lambda config: training_contribution(config, received, update()),
+            lambda config: training_contribution(config, received, update_or_nothing()),
             question_digest=training_question(request.json.encode()),
             base_digest=base_digest_of(received),
             part="train",

@@ -49,7 +49,7 @@ class CohortPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     # Fewest updates that a round may commit with; 0 in a file: what [privacy] needs, or 1.
     quorum: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     over_selection: Annotated[float, Meta(ge=1, le=10)] = 1.0  # times size are asked
-    min_examples: Count = 1  # a device with fewer training examples says no
+    min_examples: Count = 1  # rounded up to a power of two; who has fewer to train on says no
     recruit_deadline_s: Seconds = 300.0  # for quorum devices to join, at the start and after losses
     round_deadline_s: Seconds = 600.0  # for the updates of one round
     max_abandoned_rounds: Count = 3  # so many in a row end the run

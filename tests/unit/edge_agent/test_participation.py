@@ -284,7 +284,7 @@ async def test_stop_training_without_a_run_says_nothing(agent: Fixture) -> None:
     ("session_id", "cause"),
     [
         ("cannot-connect", "the SuperLink refuses this node"),
-        ("mute", "the trainer ended with status 1: last words of a crash"),
+        ("mute", "the trainer ended with status 1; its log on the device says more"),
         ("lease-ran-out", "the trainer heard nothing any more and ended"),
     ],
 )
@@ -300,8 +300,18 @@ async def test_a_trainer_that_ended_is_reported_with_its_cause(
 async def test_a_trainer_that_talks_nonsense_is_ended(agent: Fixture) -> None:
     agent.part.invite(invitation(session_id="confused"), message_id="i")
     await agent.until_that(
-        lambda said: any(isinstance(b, LeftRun) and "this is no message" in b.cause for b in said)
+        lambda said: any(isinstance(b, LeftRun) and "what is no message" in b.cause for b in said)
     )
+
+
+@pytest.mark.parametrize("session_id", ["mute", "confused"])
+async def test_what_a_trainer_says_or_logs_is_not_passed_on_since_it_may_quote_data(
+    agent: Fixture, session_id: str
+) -> None:
+    agent.part.invite(invitation(session_id=session_id), message_id="i")
+    await agent.until_that(lambda said: any(isinstance(body, LeftRun) for body in said))
+    for quoted in ("last words", "this is no message"):
+        assert quoted not in str(agent.said)
 
 
 async def test_an_owner_s_policy_is_asked_anew_for_each_invitation(

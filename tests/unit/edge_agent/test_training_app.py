@@ -202,7 +202,7 @@ def failure_of(reply: Message) -> str:
 def test_a_device_with_too_few_examples_says_so_but_not_how_many_it_has(home: Path) -> None:
     reply = app(train_message(min_examples=1000), context_of(home))
 
-    assert failure_of(reply) == "fewer training examples here than the 1000 asked for"
+    assert failure_of(reply).startswith("fewer than 1024 training examples here")
 
 
 def test_nothing_leaves_in_plain_rounds_unless_the_owner_allows_it(home: Path) -> None:
@@ -371,6 +371,23 @@ def test_training_that_fails_is_a_signed_refusal_with_its_reason(
 
     answer = decode(cast("bytes", trained.content["sum"]["answer"]), SignedAnswer)
     assert (answer.body, answer.refusal) == (b"", "training diverged; lower the rate")
+
+
+def test_training_that_diverges_goes_into_the_sum_as_zeros(
+    tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The coordinator chooses the parameters: a refusal would answer whatever it wants to know of
+    # this one device's rows, at no charge.
+    policy = "min_cohort = 3\nexact_sums = true\n"
+    huge = np.array([3e38, 3e38], np.float32)
+
+    trained, evaluated, *_ = secure_replies(home, tmp_path, policy, parameters=huge, sent=huge)
+
+    assert "training diverged" in caplog.text
+    for reply in (trained, evaluated):
+        answer = decode(cast("bytes", reply.content["sum"]["answer"]), SignedAnswer)
+        assert answer.refusal == ""
+        decode(answer.body, Advertised)
 
 
 def test_a_sum_for_another_purpose_than_the_message_is_declined(tmp_path: Path, home: Path) -> None:
