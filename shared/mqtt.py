@@ -97,6 +97,12 @@ class MqttSession:
         """After an announced restart: come back at a random moment of the next ``seconds``."""
         self._announced_window_s = seconds
 
+    def cut(self) -> None:
+        """Break the connection as a crash of this process would, for experiments and tests."""
+        wire = self._client and self._client._client.socket()  # noqa: SLF001  # aiomqtt hides it
+        if isinstance(wire, socket.socket):
+            wire.shutdown(socket.SHUT_RDWR)
+
     async def publish(self, message: Outgoing) -> None:
         """Send one message; with QoS 1 wait until the broker has it.
 

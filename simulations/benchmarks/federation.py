@@ -118,8 +118,8 @@ class Federation:
     async def _add_trainer(self, name: str) -> None:
         key = generate_private_key(SECP256R1())
         key_path = self._folder / f"{name}.pem"
-        key_path.write_bytes(_private_text(key))
-        self.node_ids.append(await self._superlink.register_node(_public_pem(key), name))
+        key_path.write_bytes(private_text(key))
+        self.node_ids.append(await self._superlink.register_node(public_pem(key), name))
         child = await self._start("simulations.benchmarks.probe_trainer", name)
         await child.send(
             StartTraining(
@@ -142,13 +142,13 @@ class Federation:
         child = await self._start("simulations.benchmarks.light_agents", "light-agents")
         for index, key in enumerate(keys):
             name = f"light-{index}"
-            self.node_ids.append(await self._superlink.register_node(_public_pem(key), name))
+            self.node_ids.append(await self._superlink.register_node(public_pem(key), name))
             self._nudges.append(lambda index=index: child.send(NudgeAgent(index)))  # type: ignore[misc]
         await child.send(
             StartAgents(
                 address=self._superlink.public_address,
                 ca_pem=self._superlink.ca_pem,
-                keys=tuple(_private_text(key).decode() for key in keys),
+                keys=tuple(private_text(key).decode() for key in keys),
             )
         )
         await self._listen(child, FromAgents, AgentsJoined, AgentReplied)
@@ -221,10 +221,12 @@ def perform_round(
     return time.monotonic() - started
 
 
-def _public_pem(key: EllipticCurvePrivateKey) -> str:
+def public_pem(key: EllipticCurvePrivateKey) -> str:
+    """Return the form in which the SuperLink takes a node key."""
     pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return pem.decode()
 
 
-def _private_text(key: EllipticCurvePrivateKey) -> bytes:
+def private_text(key: EllipticCurvePrivateKey) -> bytes:
+    """Return the OpenSSH form in which Flower reads a node key."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())

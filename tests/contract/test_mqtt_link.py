@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import random
-import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -92,9 +91,7 @@ class Peer:
 
     def cut_the_wire(self) -> None:
         assert self.session._client is not None
-        wire = self.session._client._client.socket()
-        assert isinstance(wire, socket.socket)
-        wire.shutdown(socket.SHUT_RDWR)
+        self.session.cut()
 
 
 @contextlib.asynccontextmanager
