@@ -4,6 +4,7 @@ The configuration says which numbers are wanted: main lanes and, without noise, 
 made here leaves this device's memory in no other form than encoded and masked.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,16 +42,22 @@ def training_contribution(config: SumConfig, received: Vector, update: Update) -
     however little it weighs; then it is multiplied by w/w_max, where w_max is the largest value of
     the lane ``examples``.
 
+    Whether a device takes part must not depend on its data, or a coordinator that chooses the
+    parameters could ask it anything: a difference too large for a float counts as no update.
+
     Args:
         config: of the session.
         received: shape (d,), the parameters before training.
-        update: from `train`.
+        update: from `train`; `Update.nothing` where that diverged.
 
     Raises:
         PeerError: the sum is of another length, or asks for what training does not give.
     """
-    vector = update.parameters - received
-    _check_length(config, vector.size)
+    _check_length(config, received.size)
+    with np.errstate(over="ignore"):
+        vector = update.parameters - received
+    if not np.isfinite(vector).all():
+        vector, update = np.zeros_like(received), Update.nothing(received)
     known = {
         EXAMPLES: float(update.num_examples),
         UNCLIPPED: 0.0 if was_clipped(config, vector) else 1.0,
@@ -76,11 +83,13 @@ def evaluation_contribution(
         sums: from `evaluate`; nothing but ``examples`` = 0 where there are no rows.
         bounds: `Task.statistics`.
 
+    What is not finite counts as its bound; a refusal would tell of this one device that it is.
+
     Raises:
         PeerError: the sum asks for what the task does not measure.
     """
     if config.encoding.length == 0:
-        known = {name: sums.get(name, 0.0) for name in bounds}
+        known = {name: _bounded(sums.get(name, 0.0), sums, bounds[name]) for name in bounds}
         return Contribution(np.zeros(0, np.float32), _chosen(config, known))
     vector = scale_statistics(sums, bounds)
     _check_length(config, vector.size)
@@ -117,6 +126,10 @@ def _check_length(config: SumConfig, size: int) -> None:
 def _largest(config: SumConfig, name: str) -> float:
     (lane,) = (lane for lane in config.exact_lanes if lane.name == name)
     return lane.max_steps / lane.steps_per_unit
+
+
+def _bounded(value: float, sums: Mapping[str, float], bound: float) -> float:
+    return value if math.isfinite(value) else sums["examples"] * bound
 
 
 def _norm(vector: Vector) -> float:

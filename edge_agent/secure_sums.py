@@ -210,7 +210,8 @@ class SecureSums:
             exact: value by name of each exact lane.
 
         Returns:
-            The encoded `SignedAnswer`; a refusal where the vector is not finite.
+            The encoded `SignedAnswer`. Where a number is not finite, zeros take the place of all:
+            to refuse would tell of this one device's data, at no charge.
 
         Raises:
             ValueError: vector or names are not those of the configuration.
@@ -221,11 +222,11 @@ class SecureSums:
             raise ValueError(f"a vector of {values.shape} for {config.encoding.length} lanes")
         if set(exact) != {lane.name for lane in config.exact_lanes}:
             raise ValueError("the exact values are not those that the configuration names")
-        finite = bool(np.isfinite(values).all() and np.isfinite(list(exact.values())).all())
+        if not (np.isfinite(values).all() and np.isfinite(list(exact.values())).all()):
+            logger.warning("round %d: not finite; zeros go into the sum", config.round_number)
+            values, exact = np.zeros_like(values), dict.fromkeys(exact, 0.0)
 
         def answer(session: _Session) -> SignedAnswer:
-            if not finite:
-                raise PolicyError("this device has no finite vector for this sum")
             session.vector, session.exact = values, dict(exact)
             session.client = self._client_of(opened)
             self._records.advance(config.session, SumEvent.VECTOR_READY)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,6 +33,15 @@ class Update:
     parameters: Vector  # shape (d,), after training
     num_examples: int  # rows that the device trains on: its weight in the mean
     sums: dict[str, float]  # ``seen`` examples and their ``loss_sum``, while training
+
+    @classmethod
+    def nothing(cls, parameters: Vector) -> Self:
+        """Return what changes nothing and weighs nothing: the place of an update that diverged."""
+        return cls(parameters, 0, {"seen": 0.0, "loss_sum": 0.0})
+
+
+class DivergedError(ConfigError):
+    """Training left the finite numbers. Whoever chose the parameters may have meant it to."""
 
 
 def train(
@@ -59,7 +68,8 @@ def train(
     Raises:
         PeerError: ``parameters`` are not those of this task's network.
         StoppedError: ``should_stop`` said so.
-        ConfigError: training diverged.
+        DivergedError: the update is not finite; said at the end, so that the time that it took says
+            nothing.
         ValueError: there are no examples.
     """
     if not len(examples):
@@ -73,16 +83,13 @@ def train(
                 raise StoppedError("training was stopped")
             inputs, targets = _tensors(task, examples.take(rows), device)
             loss = task.loss(model(inputs), targets)
-            mean_loss = float(loss.detach())
-            if not math.isfinite(mean_loss):
-                raise _diverged(plan)
-            loss_sum += mean_loss * len(targets)
+            loss_sum += float(loss.detach()) * len(targets)
             seen += len(targets)
             model.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             step()
         trained = to_vector(model)
-    if not np.isfinite(trained).all():
+    if not (math.isfinite(loss_sum) and np.isfinite(trained).all()):
         raise _diverged(plan)
     return Update(trained, len(examples), {"seen": float(seen), "loss_sum": loss_sum})
 
@@ -180,8 +187,8 @@ def _has_pictures(task: Task) -> bool:
     return len(task.input.shape) == 4
 
 
-def _diverged(plan: TrainingPlan) -> ConfigError:
+def _diverged(plan: TrainingPlan) -> DivergedError:
     # Said to the coordinator: not after how many examples, of which it would learn how many are.
-    return ConfigError(
+    return DivergedError(
         f"training diverged; lower training.learning_rate (now {plan.learning_rate:g})"
     )

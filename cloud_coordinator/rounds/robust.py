@@ -83,7 +83,10 @@ def mean_of(config: SumConfig, total: Floats, exact: Mapping[str, float], *, cou
     if EXAMPLES in exact:
         divisor = exact[EXAMPLES] / _largest_weight(config)
         if divisor == 0:
-            raise PeerError(f"group {config.group} is left out: its devices claim no examples")
+            raise PeerError(
+                f"group {config.group} is left out: its devices claim no examples, as those do "
+                "whose training diverged; lower training.learning_rate"
+            )
     # A device that claims little weight for a large update would lift the mean: hence the bound.
     mean = total / divisor
     return bounded(mean, config.encoding.clip_norm + slack(config, count) / divisor)

@@ -114,13 +114,14 @@ def scale_statistics(sums: Mapping[str, float], bounds: Mapping[str, float]) -> 
         bounds: `Task.statistics`.
 
     Returns:
-        Shape (len(bounds),), each in [-1, 1]; zeros where there are no examples.
+        Shape (len(bounds),), each in [-1, 1], 1 for what is no number; zeros where there are no
+        examples.
     """
     examples = sums["examples"]
     if not examples:
         return np.zeros(len(bounds))
     means = np.array([sums[name] / examples / bounds[name] for name in sorted(bounds)])
-    return means.clip(-1, 1)
+    return np.where(np.isnan(means), 1.0, means).clip(-1, 1)
 
 
 def restore_statistics(total: NDArray[np.float64], bounds: Mapping[str, float]) -> dict[str, float]:

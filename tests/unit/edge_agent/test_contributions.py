@@ -97,6 +97,31 @@ def test_a_device_says_whether_its_update_was_within_the_clip_norm_where_that_is
     assert made.exact == {"unclipped": unclipped}
 
 
+def test_a_difference_beyond_all_floats_counts_as_no_update() -> None:
+    config = config_for(lane("examples", 100), lane("seen"), lane("loss_sum"))
+    far = Update(-RECEIVED * np.float32(1e38), 40, SUMS)
+
+    made = training_contribution(config, RECEIVED * np.float32(1e38), far)
+
+    assert not made.vector.any()
+    assert made.exact == {"examples": 0.0, "seen": 0.0, "loss_sum": 0.0}
+
+
+def test_measures_that_are_not_finite_count_as_the_largest_that_are_kept() -> None:
+    bounds = classification_bounds()
+    measured = {"examples": 8.0, "loss_sum": float("nan"), "correct": 6.0}
+    exact = config_for(lane("loss_sum"), lane("correct"), length=0)
+
+    assert evaluation_contribution(exact, measured, bounds).exact == {
+        "loss_sum": 8 * bounds["loss_sum"],
+        "correct": 6.0,
+    }
+    noised = evaluation_contribution(config_for(length=3), measured, bounds)
+    assert noised.vector.tolist() == [0.75, 1.0, 1.0]  # correct, examples, loss_sum
+    measured["loss_sum"] = float("inf")
+    assert evaluation_contribution(config_for(length=3), measured, bounds).vector[2] == 1.0
+
+
 def test_what_training_does_not_say_is_not_made_up() -> None:
     with pytest.raises(PeerError, match="cannot say 'label_7' in a sum to train"):
         training_contribution(config_for(lane("label_7")), RECEIVED, update())

@@ -737,17 +737,25 @@ def test_a_vector_is_dropped_when_it_left_and_lanes_when_they_were_unmasked(
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_vector_that_is_not_finite_is_declined_without_saying_more(
-    fleet: Fleet, device: SecureSums, bad: float
+@pytest.mark.parametrize("where", ["vector", "exact"])
+def test_whether_its_numbers_are_finite_is_told_of_no_single_device(
+    fleet: Fleet, device: SecureSums, bad: float, where: str
 ) -> None:
     config = config_of()
     opened = open_at(device, fleet, config)
-    vector = vector_of(0, config)
-    vector[1] = bad
-    assert refusal(device.advertise(opened, vector, EXAMPLES)) == (
-        "this device has no finite vector for this sum"
-    )
-    assert state_of(fleet, config) == "refused"
+    vector, exact = vector_of(0, config), dict(EXAMPLES)
+    if where == "vector":
+        vector[1] = bad
+    else:
+        exact = dict.fromkeys(exact, bad)
+
+    assert signed(device.advertise(opened, vector, exact)).refusal == ""
+
+    known = device._sessions[config.session]
+    assert known.vector is not None
+    assert not known.vector.any()
+    assert known.exact == dict.fromkeys(EXAMPLES, 0.0)
+    assert state_of(fleet, config) == "advertised"
 
 
 def test_a_vector_of_another_shape_or_other_exact_values_are_our_own_mistake(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from edge_agent.training import evaluate, train
+from edge_agent.training import DivergedError, evaluate, train
 from shared.errors import ConfigError, PeerError, StoppedError
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
@@ -192,6 +192,28 @@ def test_divergence_in_the_very_last_step_is_no_update() -> None:
 
     with pytest.raises(ConfigError, match="training diverged"):
         train(task, start, line_examples(4), TrainingPlan(), seed=0)
+
+
+def test_training_that_diverges_takes_as_long_as_any() -> None:
+    task, plan = line_task(), TrainingPlan(epochs=100, learning_rate=50)
+    batches = 0
+
+    def go_on() -> bool:
+        nonlocal batches
+        batches += 1
+        return False
+
+    with pytest.raises(DivergedError):
+        train(
+            task,
+            start_of(task),
+            line_examples(100),
+            plan,
+            seed=0,
+            should_stop=go_on,
+        )
+
+    assert batches == 100 * 4  # every batch of every epoch
 
 
 @pytest.mark.parametrize("shape", [(3,), (0,), (13_962, 1)])

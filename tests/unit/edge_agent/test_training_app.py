@@ -381,7 +381,7 @@ def test_training_that_diverges_goes_into_the_sum_as_zeros(
     policy = "min_cohort = 3\nexact_sums = true\n"
     huge = np.array([3e38, 3e38], np.float32)
 
-    trained, evaluated, *_ = secure_replies(home, tmp_path, policy, parameters=huge, sent=huge)
+    trained, evaluated, *_ = secure_replies(home, tmp_path, policy, parameters=huge, signed=huge)
 
     assert "training diverged" in caplog.text
     for reply in (trained, evaluated):
@@ -419,6 +419,7 @@ def secure_replies(
     policy: str,
     *,
     parameters: Vector = START,
+    signed: Vector = START,
     purpose: Purpose | None = None,
 ) -> list[Message]:
     """Return what a device replies to a train, an evaluate and a statistics message.
@@ -427,7 +428,8 @@ def secure_replies(
         home: its home.
         folder: holds it; for its peers' homes.
         policy: of its owner.
-        parameters: what is sent; always signed are those of `START`.
+        parameters: what is sent.
+        signed: what the configurations name.
         purpose: what the first configuration is for, instead of training.
     """
     peers = {f"edge-{number}": folder / f"home-{number}" for number in (2, 3)}
@@ -452,14 +454,14 @@ def secure_replies(
     train_.content["sum"] = sealed(
         purpose=purpose or "train",
         question_digest=training_question(plan),
-        base_digest=base_digest_of(START),
+        base_digest=base_digest_of(signed),
         encoding=structs.replace(ENCODING, length=2),
     )
     evaluate_ = Message(RecordDict({"parameters": ArrayRecord([parameters])}), 2, "evaluate")
     evaluate_.content["sum"] = sealed(
         purpose="evaluate",
         question_digest=evaluation_question(),
-        base_digest=base_digest_of(START),
+        base_digest=base_digest_of(signed),
         encoding=structs.replace(ENCODING, length=0),
     )
     question = b'{"of": [{"kind": "count"}]}'
