@@ -2,8 +2,8 @@
 
 Each part is preceded by its length in four bytes, big-endian, as in Flower's own streams. The first
 part is the request or the response of Flower's standard call; the others are the objects of its
-messages, each as the PushObjectRequest that would have carried it. What is too large for a batch
-goes by Flower's standard calls.
+messages, each as the PushObjectRequest that would have carried it. What is too large for a batch,
+such as a vector of parameters, goes by Flower's standard calls; what is small beside it does not.
 """
 
 import struct
@@ -93,7 +93,7 @@ def object_cost(content: bytes) -> int:
 
 
 def small_contents(messages: Iterable[Mapping[str, Deflatable]]) -> dict[str, bytes]:
-    """Return the bytes of the small messages' objects, as far as one batch holds them.
+    """Return the bytes of the messages' small objects, as far as one batch holds them.
 
     Args:
         messages: of each, its objects by their ids, children first.
@@ -114,16 +114,16 @@ def small_contents(messages: Iterable[Mapping[str, Deflatable]]) -> dict[str, by
 def _contents(
     objects: Mapping[str, Deflatable], known: Mapping[str, bytes], large: set[str]
 ) -> dict[str, bytes]:
-    """Return a small message's objects, nothing of a large one; add to ``large``."""
+    """Return a message's objects, but for those that are too large; add those to ``large``."""
     contents: dict[str, bytes] = {}
     left = MAX_MESSAGE_BYTES
-    if not large.isdisjoint(objects):
-        return {}
     for object_id, item in objects.items():
-        contents[object_id] = known.get(object_id) or item.deflate()
-        left -= object_cost(contents[object_id])
-        if object_cost(contents[object_id]) > MAX_MESSAGE_BYTES:
+        if object_id in large:
+            continue
+        content = known.get(object_id) or item.deflate()
+        if (cost := object_cost(content)) <= left:
+            contents[object_id] = content
+            left -= cost
+        elif cost > MAX_MESSAGE_BYTES:
             large.add(object_id)
-        if left < 0:
-            return {}
     return contents

@@ -2,8 +2,8 @@
 
 A 4 KB message takes fourteen standard requests from the worker to a node and back, and each costs
 the SuperLink 0.4 ms whatever it does. Our own nodes and worker ask for these batches instead; stock
-SuperNodes never see them, and large messages go by the standard calls. `shared/framing.py` says
-what is on the wire.
+SuperNodes never see them, and large objects go by the standard calls. `shared/framing.py` says what
+is on the wire.
 """
 
 from collections.abc import Callable, Iterator
@@ -92,21 +92,22 @@ def _push(call: Call, request: Any, pushed: Any, item: PushObjectRequest) -> boo
 
 
 def pull_batch(call: Call, batch: Batch, node: Node, store: ObjectStore) -> Frames:
-    """Pull messages; add all objects of those that are small and complete, and confirm them.
+    """Pull messages with their small objects; confirm those of which that is all.
 
-    A message whose own object comes along is confirmed; of all others nothing comes along.
+    A message whose own object comes along is confirmed; of all others, some objects are still to be
+    pulled.
     """
     pulled = call("pull-messages", batch.request)
     objects: dict[str, bytes] = {}
     left = MAX_BATCH_BYTES
     for message, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
-        sizes = _small_objects(tree, store)
+        sizes, is_all = _small_objects(tree, store)
         left -= sum(sizes.values())
         if left < 0:
             break
         for item in _pull(call, node, message.metadata.run_id, sizes):
             objects[item.object_id] = item.SerializeToString()
-        if sizes:
+        if is_all:
             confirm = ConfirmMessageReceivedRequest(
                 node=node, run_id=message.metadata.run_id, message_object_id=tree.object_id
             )
@@ -114,19 +115,24 @@ def pull_batch(call: Call, batch: Batch, node: Node, store: ObjectStore) -> Fram
     return Frames([pulled.SerializeToString(), *objects.values()])
 
 
-def _small_objects(tree: ObjectTree, store: ObjectStore) -> dict[str, int]:
-    """Return what each object counts; nothing where one is missing, or all are too large."""
+def _small_objects(tree: ObjectTree, store: ObjectStore) -> tuple[dict[str, int], bool]:
+    """Return what each object counts, and whether that is all; the message's own comes last.
+
+    Objects that are too large or not there yet are left out, and with them the message's own.
+    """
     sizes: dict[str, int] = {}
-    left = MAX_MESSAGE_BYTES
+    left, is_all = MAX_MESSAGE_BYTES, True
     for part in iterate_object_tree(tree):
         content = store.get(part.object_id)
-        if not content:
-            return {}
-        sizes[part.object_id] = object_cost(content)
-        left -= sizes[part.object_id]
-        if left < 0:
-            return {}
-    return sizes
+        cost = object_cost(content or b"")
+        if not content or cost > left:
+            is_all = False
+        else:
+            sizes[part.object_id] = cost
+            left -= cost
+    if not is_all:
+        sizes.pop(tree.object_id, None)
+    return sizes, is_all
 
 
 def _pull(

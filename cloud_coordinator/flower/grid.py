@@ -8,7 +8,7 @@ hands out replies one by one, so that a worker's memory does not grow with their
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,12 +241,13 @@ class RunGrid(Grid):
             for proto, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                 expiry = self._expiry.pop(proto.metadata.reply_to_message_id, 0.0)
                 message = message_from_proto(proto)
-                if tree.object_id in inline:
-                    # Flower's code consumes what it is given, and replies may share objects.
-                    own = {part.object_id for part in iterate_object_tree(tree)}
-                    yield self._inflate(message, tree, {part: inline[part] for part in own})
+                # Flower's code consumes what it is given, and replies may share objects.
+                own = {part.object_id for part in iterate_object_tree(tree)} & inline.keys()
+                here = {object_id: inline[object_id] for object_id in own}
+                if tree.object_id in here:
+                    yield self._inflate(message, tree, here)
                 else:
-                    yield from self._receive(_Arrival(message, tree, expiry))
+                    yield from self._receive(_Arrival(message, tree, expiry, here))
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are there; `iter_replies` needs less memory."""
@@ -282,7 +283,7 @@ class RunGrid(Grid):
         return replies
 
     def _inline(self, batch: Iterable[Message]) -> list[PushObjectRequest]:
-        """Return the objects of the small messages, which travel with them."""
+        """Return the small objects, which travel with their messages."""
         small = small_contents(get_all_nested_objects(message) for message in batch)
         return [
             PushObjectRequest(node=_SUPERLINK, object_id=object_id, object_content=content)
@@ -304,7 +305,7 @@ class RunGrid(Grid):
         message, tree = arrival.message, arrival.tree
         if not message.has_error():
             try:
-                message = self._with_content(message, tree)
+                message = self._with_content(message, tree, arrival.here)
             except _StillUploadingError:
                 if time.monotonic() < arrival.deadline:
                     self._arriving[message.metadata.reply_to_message_id] = arrival
@@ -313,10 +314,12 @@ class RunGrid(Grid):
         self._confirm(tree.object_id)
         yield message
 
-    def _with_content(self, message: Message, tree: ObjectTree) -> Message:
-        contents = {}
+    def _with_content(
+        self, message: Message, tree: ObjectTree, here: Mapping[str, bytes]
+    ) -> Message:
+        contents = dict(here)
         for part in iterate_object_tree(tree):
-            if part.object_id == tree.object_id:  # the message itself, which came already
+            if part.object_id in {tree.object_id, *here}:  # the message itself came already
                 continue
             request = PullObjectRequest(
                 node=_SUPERLINK, run_id=self._run.run_id, object_id=part.object_id
@@ -386,6 +389,7 @@ class _Arrival:
     message: Message  # without its content
     tree: ObjectTree
     deadline: float  # of the question, on time.monotonic()
+    here: Mapping[str, bytes]  # objects that came with the announcement, by their ids
 
 
 class _StillUploadingError(Exception):

@@ -36,9 +36,15 @@ def test_a_body_that_lies_is_refused(body: bytes) -> None:
         parsed(body)
 
 
-def test_small_messages_are_taken_whole_and_large_ones_not_at_all() -> None:
-    small, large = {"a": Item(10), "b": Item(20)}, {"c": Item(10), "d": Item(MAX_MESSAGE_BYTES)}
-    assert set(small_contents([small, large])) == {"a", "b"}
+def test_small_messages_are_taken_whole_and_of_large_ones_what_is_small() -> None:
+    small, large = {"a": Item(10), "b": Item(20)}, {"d": Item(MAX_MESSAGE_BYTES), "c": Item(10)}
+    assert set(small_contents([small, large])) == {"a", "b", "c"}
+
+
+def test_of_a_message_with_many_objects_no_more_is_taken_than_of_a_small_one() -> None:
+    size = MAX_MESSAGE_BYTES // 3
+    chosen = small_contents([{str(n): Item(size) for n in range(9)}])
+    assert set(chosen) == {"0", "1"}
 
 
 def test_a_shared_object_is_deflated_once_and_counts_once() -> None:
@@ -46,7 +52,7 @@ def test_a_shared_object_is_deflated_once_and_counts_once() -> None:
     messages: list[Mapping[str, Item]] = [{"s": shared, str(n): Item(1)} for n in range(100)]
     messages += [{"l": large, f"l{n}": Item(1)} for n in range(100)]
 
-    assert len(small_contents(messages)) == 101
+    assert len(small_contents(messages)) == 201
     assert (shared.deflated, large.deflated) == (1, 1)
 
 
