@@ -2,8 +2,8 @@
 
 All that comes back is the sum of the devices' vectors (shared/statistics): one secure sum, or of
 more devices than one can hold a sum for each shard. An attempt without any sum is abandoned with
-its cause, and the next one asks anew; without noise, a device that may have sent its vector is not
-asked again, because the difference of two sums would be its vector.
+its cause, and the next one asks anew; without noise, a device that has sent its vector says so, and
+is not asked again, because the difference of two sums would be its vector.
 """
 
 import logging
@@ -51,8 +51,8 @@ from shared.statistics.vectors import Answer, StatisticsVector
 logger = logging.getLogger(__name__)
 
 _ALL_SPENT = (
-    "{} devices may have sent their exact numbers and send no others in this run, and too few "
-    "others are here; start a new run"
+    "{} devices have sent their exact numbers and send no others in this run, and too few others "
+    "are here; start a new run"
 )
 
 
@@ -132,9 +132,9 @@ class StatisticsRun:
         outcome = self._ask(attempt)
         attempt.outcome = outcome
         self._blamed |= outcome.blamed.keys()
+        self._spent |= outcome.spent
         total, variance, count = self._total(attempt, outcome)
         if not count:
-            self._note_spent(outcome)
             quorum = self._host.plan.cohort.quorum
             raise QuorumError(attempt.number, survivors=0, quorum=quorum, of_what="answers")
         attempt.advance(RoundEvent.SUM_RECOVERED)
@@ -247,12 +247,6 @@ class StatisticsRun:
         total, exact = shard.decoded()
         check_sum(shard.config, total, exact, shard.survivors)
         return total
-
-    def _note_spent(self, outcome: SumOutcome) -> None:
-        """Ask those no more who may have sent a vector that is in no sum."""
-        if self._host.plan.privacy.noise == "none":
-            replied = {p.device_id for p in outcome.participations if p.outcome == "replied"}
-            self._spent |= outcome.spent | replied
 
     # --- records ---------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """A device's contribution to a statistics question, and the answer in the sum of all of them."""
 
 import math
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -83,8 +84,13 @@ class StatisticsVector:
                 Answer(
                     kind=str(statistic.__struct_config__.tag),
                     feature=getattr(statistic, "feature", ""),
-                    values=figures.values,
-                    standard_error=figures.standard_error,
+                    values=_plain(figures.values),
+                    standard_error=_plain(figures.standard_error),
                 )
             )
         return answers
+
+
+def _plain(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return Python's own floats, which is what JSON takes."""
+    return {name: float(value) for name, value in figures.items()}

@@ -144,6 +144,7 @@ def test_exact_answers_are_those_of_all_rows_together(tmp_path: Path, *, announc
 
     assert host.outcome == RunFinished()
     (record,) = host.records
+    assert msgspec.json.decode(msgspec.json.encode(record), type=RoundRecord) == record
     assert (record.round_number, record.state) == (1, "committed")
     assert record.parameters_sha256 is None
     pressures, failed = rows_of(fleet)
@@ -176,6 +177,7 @@ def test_noised_answers_are_near_and_say_how_near(tmp_path: Path) -> None:
     host.perform()
 
     (record,) = host.records
+    assert msgspec.json.decode(msgspec.json.encode(record), type=RoundRecord) == record
     pressures, failed = rows_of(fleet)
     count, labels = record.answers
     # σ is the multiplier's 1 times the norm √3, of 4 honest devices' shares; 7 devices add theirs.
@@ -200,19 +202,34 @@ def test_a_device_that_drops_before_its_vector_is_left_out_of_the_answers(tmp_pa
     assert {p.device_id for p in record.participations if p.outcome != "replied"} == {"edge-6"}
 
 
-def test_devices_that_sent_exact_numbers_are_not_asked_for_them_again(tmp_path: Path) -> None:
-    fleet, host = ask(tmp_path, asking())
+def test_devices_that_sent_exact_numbers_are_not_asked_for_them_for_ever(tmp_path: Path) -> None:
+    fleet, host = ask(tmp_path, asking(max_abandoned_rounds=9))
     for device in fleet.devices.values():
         device.silent_at = "consent"
 
     host.perform()
 
-    (record,) = host.records
-    assert (record.state, record.answers) == ("abandoned", ())
-    assert "round 1 has 0 of the 5 answers it needs" in record.cause
+    assert [record.state for record in host.records] == ["abandoned", "abandoned"]
+    assert not any(record.answers for record in host.records)
+    assert "round 1 has 0 of the 5 answers it needs" in host.records[0].cause
+    assert "is spent" in host.records[1].cause
     assert isinstance(host.outcome, RunFailed)
-    assert "7 devices may have sent their exact numbers" in host.outcome.cause
+    assert "devices have sent their exact numbers" in host.outcome.cause
     assert all(len(device.sums.opened) == 1 for device in fleet.devices.values())
+
+
+def test_devices_that_only_said_who_they_are_may_be_asked_again(tmp_path: Path) -> None:
+    fleet, host = ask(tmp_path, asking(max_abandoned_rounds=2))
+    for name in ("edge-0", "edge-1", "edge-2"):
+        fleet.devices[name].sums.refuses["open"] = "this device's owner has statistics = false"
+
+    host.perform()
+
+    assert isinstance(host.outcome, RunFailed)
+    assert host.outcome.cause.startswith(
+        "2 attempts were abandoned, the last because round 2 has 0"
+    )
+    assert "statistics = false" in host.outcome.cause
 
 
 def test_an_attempt_that_failed_before_any_vector_left_is_followed_by_another(
