@@ -13,6 +13,7 @@ from cloud_coordinator.runs.records import RunRecords
 from cloud_coordinator.runs.recruitment import Invitation, InvitationState
 from shared.errors import IllegalTransitionError, NotFoundError
 from shared.run_plan import RunPlan
+from shared.statistics.vectors import Answer
 from tests.integration.coordinator.fake_device import DeviceKeys
 from tests.integration.coordinator.live import plan
 
@@ -93,6 +94,21 @@ def test_a_run_resumes_at_its_last_commit_past_abandoned_rounds(records: RunReco
     assert start.resume.parameters_sha256 == digest_of(1)
     assert (start.next_round, start.rounds_committed) == (3, 1)
     assert start.times_selected == {"a": 2, "b": 1}
+
+
+def test_answers_to_statistics_are_stored_and_are_no_model_to_go_on_from(
+    records: RunRecords,
+) -> None:
+    run_id = records.create(plan()).run_id
+    answer = Answer(kind="count", feature="", values={"count": 7.0}, standard_error={"count": 0.5})
+    record = closed(1, "a")
+    records.save_round(
+        run_id, msgspec.structs.replace(record, answers=(answer,), parameters_sha256=None)
+    )
+    [row] = records.details(run_id).rounds
+    assert msgspec.convert(row.answers, list[Answer]) == [answer]
+    start = records.starting_point(run_id)
+    assert (start.resume, start.next_round, start.rounds_committed) == (None, 2, 1)
 
 
 def test_a_run_moves_along_its_lifecycle_and_no_other_way(records: RunRecords) -> None:

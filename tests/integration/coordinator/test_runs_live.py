@@ -11,6 +11,8 @@ import pytest
 
 from cloud_coordinator.app import Coordinator
 from cloud_coordinator.broker import BrokerPlan, start_broker
+from cloud_coordinator.rounds.worker_messages import RoundRecord
+from cloud_coordinator.runs.lifecycle import RunEvent
 from cloud_coordinator.runs.records import RunRecords
 from cloud_coordinator.runs.tables import RunRow
 from cloud_coordinator.settings import choose_ports
@@ -24,7 +26,12 @@ from shared.messages import (
     Nudge,
     Presence,
     PresenceState,
+    utc_now,
 )
+from shared.privacy_plan import PrivacyPlan
+from shared.run_plan import RunPlan
+from shared.statistics.questions import Count, StatisticsQuestion
+from shared.statistics.vectors import Answer
 from tests.integration.coordinator.fake_parts import fake_parts, quick_settings
 from tests.integration.coordinator.fake_worker import parameters_after
 from tests.integration.coordinator.live import live, plan, until
@@ -422,3 +429,37 @@ async def test_blobs_that_nothing_needs_are_removed_between_runs(tmp_path: Path)
             return {path.name for path in folder.glob("??/*")} == set(digests[-2:])
 
         await until("the others to be removed", only_the_last_are_left)
+
+
+async def test_a_run_whose_answers_were_saved_before_a_crash_is_not_asked_again(
+    tmp_path: Path,
+) -> None:
+    asks = RunPlan(
+        name="ages",
+        task=plan().task,
+        statistics=StatisticsQuestion(of=(Count(),)),
+        privacy=PrivacyPlan(noise="distributed"),
+    )
+    now = utc_now()
+    answer = Answer(kind="count", feature="", values={"count": 7.0}, standard_error={})
+    answered = RoundRecord(
+        round_number=1,
+        state="committed",
+        started_at=now,
+        closed_at=now,
+        participations=(),
+        metrics={},
+        answers=(answer,),
+    )
+    async with live(tmp_path) as service:
+        records = service.coordinator.records
+        run_id = (await asyncio.to_thread(records.create, asks)).run_id
+        await asyncio.to_thread(records.move, run_id, RunEvent.DEVICES_LACKING)
+        await asyncio.to_thread(records.save_round, run_id, answered)
+
+    async with live(tmp_path) as service:
+        run = await service.ended(run_id)
+        assert service.starts == []
+
+    assert (run["state"], run["purpose"], run["model_version"]) == ("finished", "statistics", None)
+    assert run["rounds"][0]["answers"][0]["values"] == {"count": 7.0}
