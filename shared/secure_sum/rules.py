@@ -104,7 +104,8 @@ def blame_for_bad_boxes(
 
     Of a dealer and a receiver that complains, one lies, and nobody else can tell which. But at
     most c devices lie: whoever complains of more than c dealers lies, whom more than c complain of
-    does; and where it is open, the dealer is named, with the number that complained.
+    does. Where it is open, both are named: so a liar costs at most c honest devices their place,
+    and once only, since it loses its own. Were only dealers named, it could go on round by round.
 
     Args:
         complaints: by receiver: dealers.
@@ -114,12 +115,17 @@ def blame_for_bad_boxes(
         By place: the cause.
     """
     blame: dict[int, str] = {}
-    against: Counter[int] = Counter()
+    believed: dict[int, Collection[int]] = {}
     for receiver, dealers in complaints.items():
         if len(dealers) > corrupted:
             blame[receiver] = f"complained of {len(dealers)} boxes, more than devices that may lie"
         else:
-            against.update(dealers)
+            believed[receiver] = dealers
+    against = Counter(dealer for dealers in believed.values() for dealer in dealers)
+    certain = blame.keys() | {dealer for dealer, count in against.items() if count > corrupted}
     for dealer, count in against.items():
         blame[dealer] = f"dealt boxes of which {count} could not be used, as their receivers say"
+    for receiver, dealers in believed.items():
+        if not certain.issuperset(dealers):
+            blame.setdefault(receiver, "complained of a box, and either it or its dealer lies")
     return blame

@@ -199,7 +199,8 @@ def test_a_bad_box_is_left_out_and_reported_and_its_dealer_stays_in_the_mask(par
     masked = decode(said.answer.body, Masked)
     assert masked.bad_boxes == (3,)
     assert same(result.lanes, whole.expected(result.survivors))
-    assert [blame.device_id for blame in result.blamed] == ["device-003"]
+    # One of the two lies, and the coordinator cannot tell which.
+    assert [blame.device_id for blame in result.blamed] == ["device-003", "device-000"]
 
 
 @pytest.mark.parametrize(

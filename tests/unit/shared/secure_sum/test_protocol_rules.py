@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shared.errors import PeerError
 from shared.secure_sum.config import (
@@ -253,6 +255,38 @@ def test_boxes_of_impossible_dealers_are_refused(dealers: tuple[int, ...], messa
 
 def test_who_complains_of_more_than_can_lie_is_blamed_itself() -> None:
     blamed = blame_for_bad_boxes({0: (1, 2, 3), 4: (5,), 6: (5,)}, 2)
-    assert set(blamed) == {0, 5}
+    assert set(blamed) == {0, 4, 5, 6}
     assert "3 boxes" in blamed[0]
     assert "of which 2" in blamed[5]
+    assert "either it or its dealer lies" in blamed[4]
+
+
+def test_who_complains_of_a_dealer_that_certainly_lies_is_not_blamed() -> None:
+    assert set(blame_for_bad_boxes({1: (0,), 2: (0,), 3: (0,)}, 2)) == {0}
+    assert set(blame_for_bad_boxes({0: (1, 2, 3), 3: (0,)}, 2)) == {0}
+
+
+@given(
+    honest=st.integers(4, 12),
+    corrupted=st.integers(1, 4),
+    data=st.data(),
+)
+def test_of_all_disputes_no_liar_stays_and_each_costs_few_honest_devices(
+    honest: int, corrupted: int, data: st.DataObject
+) -> None:
+    liars = range(honest, honest + corrupted)
+    everybody = range(honest + corrupted)
+    complaints: dict[int, set[int]] = {}
+    for liar in liars:
+        mine = data.draw(st.sets(st.sampled_from(everybody)), label="complains of") - {liar}
+        if mine:
+            complaints[liar] = mine
+        for victim in data.draw(st.sets(st.sampled_from(range(honest))), label="bad boxes to"):
+            complaints.setdefault(victim, set()).add(liar)
+
+    blamed = set(blame_for_bad_boxes(complaints, corrupted))
+
+    lied = {liar for liar in liars if any(peer < honest for peer in complaints.get(liar, ()))}
+    lied |= {dealer for victim in range(honest) for dealer in complaints.get(victim, ())}
+    assert lied <= blamed
+    assert len(blamed - set(liars)) <= 2 * corrupted**2
