@@ -79,14 +79,12 @@ def mean_of(config: SumConfig, total: Floats, exact: Mapping[str, float], *, cou
         PeerError: no honest devices could have made this sum; names the group.
     """
     check_sum(config, total, exact, count)
-    divisor = float(count)
-    if EXAMPLES in exact:
-        divisor = exact[EXAMPLES] / _largest_weight(config)
-        if divisor == 0:
-            raise PeerError(
-                f"group {config.group} is left out: its devices claim no examples, as those do "
-                "whose training diverged; lower training.learning_rate"
-            )
+    if 0 in (exact.get(EXAMPLES), exact.get(SEEN)):
+        raise PeerError(
+            f"group {config.group} is left out: its devices claim no examples, as those do whose "
+            "training diverged; lower training.learning_rate"
+        )
+    divisor = exact[EXAMPLES] / _largest_weight(config) if EXAMPLES in exact else float(count)
     # A device that claims little weight for a large update would lift the mean: hence the bound.
     mean = total / divisor
     return bounded(mean, config.encoding.clip_norm + slack(config, count) / divisor)

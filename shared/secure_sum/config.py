@@ -69,8 +69,8 @@ class SumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     run_id: Identifier
     round_number: Annotated[int, Meta(ge=0, le=2**31)]
     purpose: Purpose
-    group: Annotated[int, Meta(ge=0)] = 0
-    groups: Annotated[int, Meta(ge=1)] = 1  # sums that the coordinator makes side by side
+    group: Annotated[int, Meta(ge=0, le=2**31)] = 0  # devices keep it, in 64 bits
+    groups: Annotated[int, Meta(ge=1, le=2**31)] = 1  # sums that the coordinator makes side by side
     task_digest: Digest
     question_digest: Digest  # of plan, seed, metrics, bin edges: whatever shapes the vector
     base_digest: Digest | None  # of the parameters each device received; None: the sum needs none
@@ -86,7 +86,9 @@ class SumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     noise: Noise | None = None
     mask_algorithm: MaskAlgorithm = "aes-128-ctr"
     server_key: Key  # X25519: what is revealed at the end is sealed to it
-    membership_version: Annotated[int, Meta(ge=1)]  # of the signed list that the roster is from
+    membership_version: Annotated[
+        int, Meta(ge=1, le=2**53)
+    ]  # of the signed list that the roster is from
     expires_at: datetime  # aware UTC: devices forget the session then
 
     def __post_init__(self) -> None:

@@ -143,6 +143,14 @@ def test_a_sum_of_no_examples_has_no_mean() -> None:
         mean_of(config_of(), np.zeros(LENGTH), {"examples": 0.0}, count=DEVICES)
 
 
+def test_a_round_in_which_the_training_of_all_devices_diverged_says_what_to_do() -> None:
+    seen = (ExactLane(name="seen", max_steps=1000),)
+    config = msgspec.structs.replace(config_of(), exact_lanes=seen)
+
+    with pytest.raises(PeerError, match=r"diverged; lower training\.learning_rate"):
+        mean_of(config, np.zeros(LENGTH), {"seen": 0.0}, count=DEVICES)
+
+
 def test_a_large_update_with_a_small_weight_cannot_lift_the_mean_beyond_the_clip() -> None:
     config = config_of()
     lanes = summed(config, updates_of(DEVICES, norm=CLIP), [1] * (DEVICES - 1) + [HEAVIEST])
