@@ -47,11 +47,14 @@ class Figures:
     standard_error: dict[str, float] = field(default_factory=dict)  # of the noise; empty: exact
 
 
+_NOTHING = Figures({})
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """What the numbers of a sum stand for."""
 
-    weight: float  # sum of w; above 0
+    weight: float  # sum of w; noise may leave nothing above 0 to divide by
     max_rows: int  # rows that a weight of 1 stands for
     sigma: float  # standard deviation of the noise in each number; 0 where there is none
 
@@ -92,6 +95,8 @@ class _MomentsBlock(Block):
         return np.array([np.mean(scaled**power) for power in range(1, self.size + 1)])
 
     def read(self, total: Floats, scale: Scale) -> Figures:
+        if scale.weight <= 0:
+            return _NOTHING
         half = (self._values.maximum - self._values.minimum) / 2
         moments = np.clip(total / scale.weight, -1, 1)
         error = scale.sigma / scale.weight
@@ -130,6 +135,8 @@ class _QuantilesBlock(Block):
         )
 
     def read(self, total: Floats, scale: Scale) -> Figures:
+        if scale.weight <= 0:
+            return _NOTHING
         leaves = np.maximum(_consistent(_levels_of(total)), 0.0)
         steps = np.concatenate([[0.0], np.cumsum(leaves)])
         reached = steps / steps[-1] if steps[-1] > 0 else np.linspace(0, 1, len(steps))

@@ -9,7 +9,6 @@ import numpy as np
 from shared.errors import DataError
 from shared.statistics.blocks import (
     Block,
-    Figures,
     Floats,
     Scale,
     blocks_of,
@@ -20,7 +19,6 @@ from shared.statistics.questions import StatisticsQuestion
 from shared.tasks.contract import DataContract
 from shared.tasks.examples import Examples
 
-_NOTHING = Figures({})
 # Encoding rounds at random; what is this close below a whole step goes up for certain. So whole
 # numbers of rows stay whole, whatever the last digits of their floats were.
 _HAIR = 2.0**-45
@@ -77,9 +75,7 @@ class StatisticsVector:
         for statistic, block in zip(self._question.of, self._blocks, strict=True):
             part = total[start : start + block.size]
             start += block.size
-            figures = _NOTHING
-            if weight > 0:  # noise may leave nothing to divide by
-                figures = block.read(part, Scale(weight, self._question.max_rows, sigma))
+            figures = block.read(part, Scale(weight, self._question.max_rows, sigma))
             answers.append(
                 Answer(
                     kind=str(statistic.__struct_config__.tag),

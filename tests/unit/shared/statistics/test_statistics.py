@@ -216,6 +216,18 @@ def test_noise_that_leaves_nothing_to_divide_by_gives_no_figures() -> None:
     assert answer.values == {}
 
 
+def test_counts_need_nothing_to_divide_by_and_stay_unbiased() -> None:
+    question = StatisticsQuestion(of=(Mean(feature="heat"), Count(), Labels()), max_rows=10)
+    vector = StatisticsVector(question, MACHINES)
+
+    mean, count, labels = vector.read(np.array([-0.3, 2.0, -0.2, 0.5, -1.0]), sigma=1.0)
+
+    assert mean.values == {}
+    assert count.values == {"count": -2.0}
+    assert labels.values == {"ok": 5.0, "failed": -10.0}
+    assert count.standard_error == {"count": 10.0}
+
+
 def test_a_device_without_rows_says_so() -> None:
     vector = StatisticsVector(StatisticsQuestion(of=(Count(),)), MACHINES)
     with pytest.raises(DataError, match="no rows"):
