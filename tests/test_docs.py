@@ -3,6 +3,7 @@
 import re
 from enum import StrEnum
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from fastapi import APIRouter
@@ -23,6 +24,7 @@ from edge_agent.settings import AgentSettings
 from shared.messages import DOWN, UP, Body, DeploymentState
 from shared.privacy_plan import AggregationPlan, PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
+from shared.statistics.questions import Statistic, StatisticsQuestion
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -42,9 +44,24 @@ def test_every_setting_is_documented() -> None:
 )
 def test_every_key_of_a_plan_is_documented(struct: type) -> None:
     sections = {"training", "cohort", "privacy", "aggregation", "statistics"}
-    plan = page("operation.md").split("## A plan")[1].split("## Settings")[0]
+    plan = page("operation.md").split("## A plan")[1].split("## Statistics")[0]
     keys = set(struct.__struct_fields__) - sections - {"strategy"}  # type: ignore[attr-defined]
     assert not [key for key in keys if f"\n{key} = " not in plan]
+
+
+def test_every_statistic_is_documented_with_all_its_keys() -> None:
+    section = page("operation.md").split("## Statistics")[1].split("## Settings")[0]
+    for name in StatisticsQuestion.__struct_fields__:
+        assert f"\n{name} = " in section or f"statistics.{name}]]" in section
+    for statistic in get_args(Statistic):
+        kind = statistic.__struct_config__.tag
+        (row,) = [line for line in section.splitlines() if line.startswith(f"| `{kind}` |")]
+        shared = {"minimum", "maximum"}  # of all that have a range, said once below
+        missing = [
+            k for k in statistic.__struct_fields__ if k not in shared and f"`{k}`" not in row
+        ]
+        assert not missing
+        assert all(f"`{key}`" in section for key in shared)
 
 
 @pytest.mark.parametrize("router", [devices, health, membership, models, rollouts, runs])

@@ -1,5 +1,6 @@
 """``shoal stats``."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,6 +112,13 @@ def _rows(answer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if not values:
         yield answer["kind"], answer["feature"], "-", "lost in the noise", "-"
     for name, value in values.items():
-        noise = f"{errors[name]:.3g}" if name in errors else "-"
-        figure = (f"{value:.4g}", noise) if errors else (f"{value:.10g}", "exact")
+        figure = _with_error(value, errors.get(name)) if errors else (f"{value:.10g}", "exact")
         yield answer["kind"], answer["feature"], name, *figure
+
+
+def _with_error(value: float, error: float | None) -> tuple[str, str]:
+    """Show no more digits than mean something beside the error, of which two do."""
+    if not error:
+        return f"{value:.4g}", "-"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f}", f"{error:.{decimals}f}"

@@ -104,7 +104,7 @@ def test_noised_figures_are_shown_with_their_error_and_their_cost(
     show_statistics("ages-1")
 
     said = printed(capsys)
-    assert "variance heat mean 20.04 0.512" in said
+    assert "variance heat mean 20.04 0.51" in said
     assert "standard_deviation 3.2 -" in said
     assert "ε = 5.12 at δ = 1e-06 of each device's rows" in said
 
