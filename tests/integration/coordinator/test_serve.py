@@ -114,7 +114,10 @@ async def test_an_operator_starts_and_watches_a_run(served: Served, tmp_path: Pa
     home = ("--home", served.home)
     device = await FakeDevice.enrol(served.url, served.token, "camera-1")
     file = tmp_path / "plan.toml"
-    file.write_text('name = "nightly"\nrounds = 2\n[task]\nname = "digits"\nuses = "u"\n')
+    file.write_text(
+        'name = "nightly"\nrounds = 2\n[task]\nname = "digits"\nuses = "u"\n'
+        '[privacy]\nmode = "plain"\n'
+    )
     async with device.online():
         status, out, err = await shoal("run", "start", file, "--watch", "--json", *home)
     run = json.loads(out)
