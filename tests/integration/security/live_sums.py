@@ -1,6 +1,7 @@
 """Seven real agents and a coordinator, broker and agents tapped, and all local data unusual."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -48,16 +49,21 @@ POLICY = "min_cohort = 5\nexact_sums = true\nindividual_updates = true\n"
 WIRETAP = Path(__file__).parent / "wiretap"
 DEADLINE_S = 120.0
 _NOTHING: Mapping[str, int] = MappingProxyType({})
+_seeds = itertools.count(1)
 ENDED = {"finished", "failed", "stopped"}
 
 
-def plan(*, rounds: int = 1, evaluate: bool = True, **given: Any) -> RunPlan:
-    """Return a run of secure sums in which two of the seven may vanish."""
+def plan(*, rounds: int = 1000, evaluate: bool = False, **given: Any) -> RunPlan:
+    """Return a run of secure sums in which two of the seven may vanish.
+
+    Each begins with another model: devices refuse exact sums from the same one whose survivors
+    differ by a few.
+    """
     return RunPlan(
         name="weather",
         task=TASK,
         rounds=rounds,
-        seed=3,
+        seed=next(_seeds),
         deploy=False,
         evaluate=evaluate,
         privacy=given.pop(
@@ -77,6 +83,11 @@ def plan(*, rounds: int = 1, evaluate: bool = True, **given: Any) -> RunPlan:
             }
         ),
     )
+
+
+def committed(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the records of a run's rounds that gave a model; the first is the initial one."""
+    return [record for record in run["rounds"] if record["state"] == "committed"]
 
 
 @dataclass(frozen=True)
@@ -175,31 +186,48 @@ class LiveSums:
 
         self.fleet.wait_for("all agents to be online", online, deadline_s=DEADLINE_S)
 
-    def end_of(self, run_id: str, *, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Wait for a run's end; ``between`` is called all the while."""
+    def watch(
+        self, asked: RunPlan, enough: Callable[[Mapping[str, Any]], bool]
+    ) -> Mapping[str, Any]:
+        """Start a run, stop it when ``enough`` says so of it, and return it."""
+        return self.follow(self.start_run(asked), enough)
 
-        def probe() -> dict[str, Any] | None:
+    def follow(
+        self,
+        run_id: str,
+        enough: Callable[[Mapping[str, Any]], bool],
+        *,
+        between: Callable[[], None] = lambda: None,
+        deadline_s: float = DEADLINE_S,
+    ) -> Mapping[str, Any]:
+        """Stop a run when ``enough`` says so of it, and return it; its export takes too long."""
+        stopped = False
+
+        def probe() -> Mapping[str, Any] | None:
+            nonlocal stopped
             between()
-            run: dict[str, Any] = self.fleet.get(f"/v1/runs/{run_id}")
+            run: Mapping[str, Any] = self.fleet.get(f"/v1/runs/{run_id}")
+            if self.tap.failure is not None:
+                raise self.tap.failure
+            if run["state"] not in ENDED and enough(run) and not stopped:
+                self.fleet.post(f"/v1/runs/{run_id}/stop")
+                stopped = True
             return run if run["state"] in ENDED else None
 
-        run = self.fleet.wait_for("the run to end", probe, deadline_s=DEADLINE_S)
-        if self.tap.failure is not None:
-            raise self.tap.failure
+        run = self.fleet.wait_for("the run to end", probe, deadline_s=deadline_s)
+        assert stopped, run["cause"]
         return run
 
     def committed(self, run: Mapping[str, Any]) -> Vector:
-        """Return the parameters that a finished run ended with."""
-        digest = run["rounds"][-1]["parameters_sha256"]
+        """Return the parameters of the last round that was committed."""
+        digest = committed(run)[-1]["parameters_sha256"]
         (path,) = (self.fleet.coordinator_home / "blobs").rglob(f"*{digest}*")
         return load_parameters(path)
 
     def averaged_by_hand(self, asked: RunPlan, run: Mapping[str, Any]) -> Vector:
         """Return what averaging the updates of each round gives, without us in between."""
         parameters = initial_parameters(asked.task, asked.seed)
-        for record in run["rounds"][1:]:
-            if record["state"] != "committed":
-                continue
+        for record in committed(run)[1:]:
             parts = [
                 self.data[part["device_id"]]
                 for part in record["participations"]
