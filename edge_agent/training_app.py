@@ -42,8 +42,9 @@ from edge_agent.reply_guard import UndeclaredFieldError, check_reply
 from edge_agent.secure_messages import reply_with, sealed_config_in, stage_question_in
 from edge_agent.sum_access import Sums
 from edge_agent.training import DivergedError, Update, evaluate, train
-from shared.errors import ConfigError, DataError, PeerError, ShoalError
+from shared.errors import ConfigError, DataError, PeerError, ShoalError, UnavailableError
 from shared.messages import RelayedStage
+from shared.npy import read_vector
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
 from shared.secure_sum.config import Purpose, SumConfig
@@ -142,6 +143,9 @@ def _reply(message: Message, work: Callable[[], RecordDict]) -> Message:
         content = work()
         check_reply(content, is_summed="sum" in message.content.config_records)
         return Message(content, reply_to=message)
+    except UnavailableError as error:  # it may name paths of this device
+        logger.warning("message refused: %s", error)
+        cause = "something this device needs is not there now; see the log on the device"
     except ShoalError as error:
         logger.warning("message refused: %s", error)
         cause = str(error)
@@ -187,7 +191,11 @@ class _Device:
                 return update()
             except DivergedError as error:  # to say no would tell of this device's data
                 logger.warning("%s; zeros go into the sum", error)
-                return Update.nothing(received)
+            except ShoalError:
+                raise
+            except Exception:  # so would a task whose code fails on what its rows make of a model
+                logger.exception("the task failed; zeros go into the sum")
+            return Update.nothing(received)
 
         sealed = sealed_config_in(content)
         if sealed is None:
@@ -211,6 +219,15 @@ class _Device:
         def sums() -> dict[str, float]:
             return evaluate(task, received, self._data.held_out, device=_torch_device())
 
+        def sums_or_none() -> dict[str, float]:
+            try:
+                return sums()
+            except ShoalError:
+                raise
+            except Exception:  # see `train`: to say no would tell of this device's data
+                logger.exception("the task failed; nothing was measured")
+                return {"examples": 0.0}
+
         sealed = sealed_config_in(message.content)
         if sealed is None:
             round_number = _round_of(message)
@@ -219,7 +236,7 @@ class _Device:
         return self._take_part(
             sealed,
             "evaluate",
-            lambda config: evaluation_contribution(config, sums(), task.statistics),
+            lambda config: evaluation_contribution(config, sums_or_none(), task.statistics),
             question_digest=evaluation_question(),
             base_digest=base_digest_of(received),
             part="held-out",
@@ -297,9 +314,9 @@ def _parameters_in(content: RecordDict) -> Vector:
     record = content.array_records.get("parameters")
     if record is None or len(record) != 1:
         raise PeerError("the message holds no single vector of parameters")
-    (vector,) = record.to_numpy_ndarrays()
-    if vector.dtype != np.float32:
-        raise PeerError(f"the message holds parameters of type {vector.dtype}, not float32")
+    (array,) = record.values()
+    # torch warns of arrays that it may not write to, so it gets a copy.
+    vector: Vector = read_vector(array.data, {"<f4": np.float32}, what="the message").copy()
     return vector
 
 
@@ -358,8 +375,8 @@ def _read_once(path: str, name: str, task: bytes) -> LocalData:
     except DataError as error:
         logger.warning("data %r cannot be read: %s", name, error)
         raise DataError(
-            f"data {name!r} no longer fit their task; "
-            f"the owner sees why with `shoal-agent data check {name}`"
+            "the data for this task no longer fit it; "
+            "the owner sees why with `shoal-agent data check`"
         ) from error
 
 

@@ -4,7 +4,6 @@ Only Flower's public Message API is used, so this works over any `Grid`: our `Ru
 `HttpGrid`, and the one in memory of its simulation engine.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from flwr.serverapp import Grid
 
 from shared.errors import PeerError
+from shared.npy import read_vector
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
 from shared.secure_sum.masking import Lanes
@@ -22,12 +22,7 @@ from shared.secure_sum.messages import SignedAnswer, Stage, decode
 
 _CAUSE_LENGTH = 300
 _NODE_UNAVAILABLE = 5  # Flower's error code for a node that missed its heartbeats
-_BEFORE_HEADER = 10  # bytes of magic, version and length
 _LANE_TYPES = {"<u2": np.uint16, "<u4": np.uint32}
-_VECTOR_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00([\s\S]{2})"
-    rb"\{'descr': '([ -&(-~]{1,16})', 'fortran_order': False, 'shape': \(([0-9, ]{0,64})\), \} *\n"
-)
 _ERROR_WORDS = {  # what Flower's codes mean, for errors that come without a reason
     1: "its ClientApp could not be loaded",
     2: "its ClientApp raised an error",
@@ -270,21 +265,7 @@ def _only_array(content: RecordDict, name: str) -> Array | None:
 
 
 def _array_of(array: Array, types: Mapping[str, Any]) -> Any:
-    """Read a vector without a copy, and without allocating what its header merely claims.
-
-    numpy's own reader evaluates the header as Python, which takes down whoever reads a hostile one.
-    """
-    header = _VECTOR_HEADER.match(array.data)
-    if header is None or header.end() != _BEFORE_HEADER + int.from_bytes(header[1], "little"):
-        raise PeerError("the reply's vector is not in numpy's format 1.0")
-    name, shape = header[2].decode("ascii"), header[3].decode("ascii")
-    wanted = types.get(name)
-    width = np.dtype(wanted).itemsize if wanted else 1
-    size, rest = divmod(len(array.data) - header.end(), width)
-    if wanted is None or shape != f"{size}," or rest:
-        names = " or ".join(np.dtype(each).name for each in types.values())
-        raise PeerError(f"the reply holds {name} of shape ({shape}) in place of a {names} vector")
-    return np.frombuffer(array.data, dtype=wanted, offset=header.end(), count=size)
+    return read_vector(array.data, types, what="the reply")
 
 
 def _statistics_in(content: RecordDict) -> dict[str, float]:

@@ -27,7 +27,7 @@ from edge_agent.secure_sums import SecureSums
 from edge_agent.sum_access import NoOwner
 from edge_agent.training import evaluate, train
 from edge_agent.training_app import app, build_client_app, device_seed, load_from_home
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError, DataError, UnavailableError
 from shared.messages import utc_now
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
@@ -244,8 +244,7 @@ def test_data_that_broke_since_are_reported_without_telling_what_they_hold(home:
     reason = failure_of(app(train_message(), context_of(home)))
 
     assert reason == (
-        "data 'mine' no longer fit their task; "
-        "the owner sees why with `shoal-agent data check mine`"
+        "the data for this task no longer fit it; the owner sees why with `shoal-agent data check`"
     )
 
 
@@ -280,7 +279,7 @@ def with_another_network(message: Message) -> None:
         (with_another_plan, "does not fit: Object contains unknown field `epoch`"),
         (without_parameters, "holds no single vector of parameters"),
         (with_two_vectors, "holds no single vector of parameters"),
-        (with_doubles, "holds parameters of type float64, not float32"),
+        (with_doubles, "in place of a float32 vector"),
         (with_another_network, "do not fit a model of 2 parameters"),
     ],
 )
@@ -388,6 +387,37 @@ def test_training_that_diverges_goes_into_the_sum_as_zeros(
         answer = decode(cast("bytes", reply.content["sum"]["answer"]), SignedAnswer)
         assert answer.refusal == ""
         decode(answer.body, Advertised)
+
+
+def test_a_task_that_fails_on_its_rows_goes_into_the_sum_as_nothing(
+    tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("all elements of input should be between 0 and 1")
+
+    monkeypatch.setattr(training_app, "train", fail)
+    monkeypatch.setattr(training_app, "evaluate", fail)
+
+    trained, evaluated, *_ = secure_replies(home, tmp_path, "min_cohort = 3\nexact_sums = true\n")
+
+    assert "zeros go into the sum" in caplog.text
+    for reply in (trained, evaluated):
+        answer = decode(cast("bytes", reply.content["sum"]["answer"]), SignedAnswer)
+        assert answer.refusal == ""
+        decode(answer.body, Advertised)
+
+
+def test_what_a_device_lacks_is_told_without_its_paths(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(*_: object, **__: object) -> None:
+        raise UnavailableError(f"cannot use {home}/privacy.db: disk full")
+
+    monkeypatch.setattr(training_app, "_parameters_in", lack)
+
+    reason = failure_of(app(train_message(), context_of(home)))
+
+    assert reason == "something this device needs is not there now; see the log on the device"
 
 
 def test_a_sum_for_another_purpose_than_the_message_is_declined(tmp_path: Path, home: Path) -> None:
