@@ -32,7 +32,9 @@ from shared.secure_sum.messages import SignedAnswer, decode
 
 logger = logging.getLogger(__name__)
 
-REPEAT_S = 5.0  # a question or an answer can get lost; the same question gets the same answer
+# A question or an answer can get lost; the same question gets the same answer. The pause doubles:
+# where all are slow, as many devices are that deal many shares, asking again makes them slower.
+REPEAT_S = 5.0
 _PLENTY = 0.8  # of the devices: the rest are given up sooner than at the deadline
 
 CarriedStage = Literal["share", "mask", "consent", "reveal"]
@@ -166,14 +168,22 @@ class _Relay:
     def run(self) -> None:
         """Ask, and ask again, until every collection is over."""
         host, collections = self._host, self._collections
-        ask_at_s = host.seconds()
-        while not collections.is_over(now_s := host.seconds()):
+        ask_at_s, pause_s = host.seconds(), REPEAT_S
+        while not self._is_over(now_s := host.seconds()):
             if now_s >= ask_at_s:
-                ask_at_s = now_s + REPEAT_S
+                ask_at_s, pause_s = now_s + pause_s, 2 * pause_s
                 self._ask(frozenset(collections.pending))
             patience_s = min(collections.patience_s(now_s), ask_at_s - now_s)
             for event in self._roster.wait(max(0.0, patience_s)):
                 self._hear(event)
+
+    def _is_over(self, now_s: float) -> bool:
+        """Say whether nobody is waited for: once plenty have answered, none who is away is."""
+        here = self._roster.nodes.keys()
+        return all(
+            part.is_over(now_s) or (part.has_plenty and here.isdisjoint(part.pending))
+            for part in self._collections.parts
+        )
 
     def _ask(self, devices: frozenset[str]) -> None:
         """Ask these devices; those who are asked the same are asked at once."""

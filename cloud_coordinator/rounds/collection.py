@@ -89,6 +89,8 @@ class Collection:
 
     def nudge(self, now_s: float) -> tuple[str, ...]:
         """Return the devices to nudge now, once each."""
+        if not self._unnudged:
+            return ()
         free = self._wave - sum(
             now_s - at < self._place_s
             for message_id, at in self._nudged_at.items()
@@ -134,6 +136,11 @@ class Collection:
     def is_over(self, now_s: float) -> bool:
         """Say whether waiting longer could change anything, or nobody may wait any longer."""
         return self.is_settled or now_s >= self.deadline_s
+
+    @property
+    def has_plenty(self) -> bool:
+        """Say whether so many replied that nobody who is away needs to be waited for."""
+        return self._plenty is not None and self.replied >= self._plenty
 
     @property
     def is_settled(self) -> bool:
@@ -191,7 +198,9 @@ class SideBySide:
     @property
     def pending(self) -> Mapping[str, str]:
         """Messages whose reply would still count, and whose they are."""
-        open_parts = (part.pending for part in self.parts if not part.is_settled)
+        open_parts = [part.pending for part in self.parts if not part.is_settled]
+        if len(open_parts) == 1:  # not copied: it is asked for with every message
+            return open_parts[0]
         return {m: device for pending in open_parts for m, device in pending.items()}
 
     @property

@@ -215,6 +215,7 @@ class _Device:
         self._is_lost, self._has_advertised = True, False
         self._back_at = utc_now()
         self._running: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Future[None]] = set()
         self._session = MqttSession(
             start.mqtt_url,
             client_id=self.device_id,
@@ -232,6 +233,8 @@ class _Device:
 
     async def come_back(self, lost_at: sums.Stage | None) -> None:
         """Connect where it is not connected, and be lost at the given stage."""
+        while self._tasks:  # the round was over before they were
+            await asyncio.wait(self._tasks)
         if self._is_lost:
             if self._running is not None:
                 await asyncio.wait({self._running})
@@ -254,11 +257,17 @@ class _Device:
             return
         match envelope.body:
             case Nudge():
-                self._pool.submit(self._logged, self._work)
+                self._do(self._work)
             case SumQuestion() as question:
-                self._pool.submit(self._logged, lambda: self._answer(question, envelope.id))
+                self._do(lambda: self._answer(question, envelope.id))
             case _:
                 pass
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Do what takes a while in another thread."""
+        task = self._loop.run_in_executor(self._pool, self._logged, work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _work(self) -> None:
         if self._loses_itself("mask" if self._has_advertised else "advertise"):

@@ -71,7 +71,7 @@ T = TypeVar("T")
 FLEET = "bench"
 _HOST = "127.0.0.1"
 _PROCESSES = 2
-_DEADLINE_S = 120.0
+_DEADLINE_S = 60.0
 
 
 class SecureFleet:
@@ -190,23 +190,25 @@ class SecureFleet:
         return [device.device_id for device in devices]
 
     async def _begin_round(self, begin: BeginRound) -> DevicesReady:
-        async with asyncio.timeout(_DEADLINE_S):
-            for child, _ in self._agents:
-                await child.send(begin)
-            ready = []
-            for child, messages in self._agents:
-                try:
+        ready = []
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                for child, _ in self._agents:
+                    await child.send(begin)
+                for _, messages in self._agents:
                     ready.append(await anext(messages))
-                except StopAsyncIteration:
-                    raise UnavailableError(f"{child.name} ended: {child.log_tail()}") from None
-            await self._session.all_joined.wait()
+                await self._session.all_joined.wait()
+        except (TimeoutError, StopAsyncIteration):
+            logs = "\n".join(child.log_tail(20) for child, _ in self._agents)
+            away = ", ".join(self._session.away) or "nobody"
+            raise UnavailableError(f"away: {away}; the devices' logs:\n{logs}") from None
         return DevicesReady(
             protocol_s=sum(each.protocol_s for each in ready),
             processor_s=sum(each.processor_s for each in ready),
         )
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_DEADLINE_S)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(2 * _DEADLINE_S)
 
     def _do_last(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         self._stack.callback(lambda: self._do(work()))
@@ -280,6 +282,11 @@ class _Session:
             self.members[name] = Member(name, key, utc_now())
             self._nodes[name] = await self.superlink.register_node(node_key, name)
         await self._relay.read_members()
+
+    @property
+    def away(self) -> Sequence[str]:
+        """Return the devices that have not joined."""
+        return sorted(self.members.keys() - self._joined)
 
     async def identity_key(self, device_id: str) -> VerifyingKey:
         """Return a device's key, for the link."""
