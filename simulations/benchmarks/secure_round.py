@@ -8,7 +8,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -36,7 +36,6 @@ from simulations.benchmarks.secure_fleet import SecureFleet, secure_fleet
 logger = logging.getLogger(__name__)
 STAGES: tuple[Stage, ...] = ("advertise", "share", "mask", "consent", "reveal")
 _ROUND_DEADLINE_S = 120.0
-_QUICK_REPEATS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +176,11 @@ def _check(fleet: SecureFleet, outcome: SumOutcome, lost: Mapping[str, Stage]) -
         raise AssertionError(f"there is no sum: {group.cause or 'others survived'}")
     if survivors != set(fleet.device_ids) - gone:
         raise AssertionError("somebody was lost who was not to be, or the other way round")
-    _check_sum(group, [fleet.device_ids.index(device) for device in sorted(survivors)])
+    check_sum(group, [fleet.device_ids.index(device) for device in sorted(survivors)])
 
 
-def _check_sum(group: GroupSum, places: list[int]) -> None:
+def check_sum(group: GroupSum, places: Sequence[int]) -> None:
+    """Raise AssertionError unless the sum is that of the vectors drawn at ``places``."""
     expected = empty_lanes(group.config)
     for place in places:
         lanes = drawn_lanes(group.config, place=place)

@@ -2,7 +2,8 @@
 
 Both sides run in this process, in turns, and every figure is a median. Where k = 32 is named, ours
 is the complete graph of 33 devices; at n = 100 it is the complete graph of 100, three times the
-work of Flower's ring with k = 32. One thread unless a row says otherwise.
+work of Flower's ring with k = 32. One thread unless a row says otherwise. Whole rounds, over real
+transports and without a reference, are in secure_round.py.
 """
 
 import gc
@@ -25,6 +26,7 @@ from shared.secure_sum.messages import Shared, decode, encode
 from shared.secure_sum.shamir import Interpolation, deal
 from simulations.benchmarks.flower_secagg import FlowerSecAgg
 from simulations.benchmarks.report import Row, row_at_least, row_at_most
+from simulations.benchmarks.secure_round import rows as secure_round_rows
 from simulations.benchmarks.secure_session import Session, Setting, random_lanes
 
 Progress = Callable[[str], None]
@@ -343,6 +345,7 @@ def _names() -> Iterator[tuple[str, Callable[..., Row]]]:
     yield "commitments to them, k=32", partial(_key_shares, commitments=True)
     yield "server memory, n=100, d=10^6, 16 bit", _server_memory
     yield "server memory, n=1000 in shards, against n=100", _server_memory_of_many
+    yield from secure_round_rows()
 
 
 MEASUREMENTS: dict[str, Callable[..., Row]] = dict(_names())

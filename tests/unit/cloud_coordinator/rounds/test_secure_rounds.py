@@ -159,6 +159,23 @@ def test_a_device_that_leaves_before_it_dealt_shares_is_dropped_at_once(tmp_path
     assert fleet.now_s < 3
 
 
+def test_nobody_waits_for_a_device_that_left_after_its_vector_was_sent(tmp_path: Path) -> None:
+    fleet, host = a_run(tmp_path)
+
+    def leave(report: object) -> None:
+        match report:
+            case AskDevices(stage="consent"):
+                fleet.at(fleet.now_s, partial(fleet.leave, "edge-3"))
+
+    host.on_report = leave
+    host.perform()
+
+    assert part_of(host.records[1], "edge-3").outcome == "replied"
+    assert host.records[1].secrecy is not None
+    assert host.records[1].secrecy.groups[0].survivors == 7
+    assert fleet.now_s < 2
+
+
 def test_a_question_that_got_lost_is_asked_again_in_the_same_words(tmp_path: Path) -> None:
     fleet, host = a_run(tmp_path)
     for device in list(fleet.devices.values())[:3]:
