@@ -340,7 +340,7 @@ def _names() -> Iterator[tuple[str, Callable[..., Row]]]:
     for bits, least in zip(_BOTH, (50, 25), strict=True):
         yield (
             f"unmask, n=32, d=10^6, 30 % dropped, {bits} bit",
-            partial(_unmask, devices=32, length=10**6, lane_bits=bits, dropped=10, least=least),
+            partial(_unmask, devices=32, length=10**6, lane_bits=bits, dropped=9, least=least),
         )
     yield "unmask, n=1000 in shards of 250, slowest shard", partial(_sharded, most=1.0)
     yield "upload per parameter, 16 bit", partial(_upload, most=2.01)
