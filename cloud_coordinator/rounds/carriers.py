@@ -13,9 +13,10 @@ from datetime import timedelta
 from typing import Literal, Protocol
 
 from cloud_coordinator.rounds.collection import TTL_MARGIN_S, WAVE, Collection, SideBySide
-from cloud_coordinator.rounds.exchange import Exchange, Reply
+from cloud_coordinator.rounds.exchange import Reply
 from cloud_coordinator.rounds.host import HostEvent, RunHost
 from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.stage import Stage as FlowerStage
 from cloud_coordinator.rounds.worker_messages import (
     AskDevices,
@@ -78,8 +79,9 @@ class StageCarrier(Protocol):
 class FlowerStages:
     """Every stage as Flower messages, one for each device."""
 
-    def __init__(self, host: RunHost, roster: Roster, exchange: Exchange) -> None:
-        self._host, self._roster, self._exchange = host, roster, exchange
+    def __init__(self, parts: RunParts) -> None:
+        self._parts = parts
+        self._host, self._roster, self._exchange = parts.host, parts.roster, parts.exchange
 
     def carry(
         self, name: CarriedStage, stages: Sequence[SumStage], *, round_number: int, timeout_s: float
@@ -109,19 +111,16 @@ class FlowerStages:
 
         collections = _collections(self._host, stages, ids, name=name, timeout_s=timeout_s)
         _say_begun(self._host, collections, name, round_number, timeout_s)
-        shell = FlowerStage(
-            self._host, self._roster, self._exchange, round_number=round_number, name=name
-        )
-        shell.run(collections, fold)
+        FlowerStage(self._parts, round_number=round_number, name=name).run(collections, fold)
         return [part.close(self._host.seconds()) for part in collections.parts]
 
 
 class RelayedStages:
     """Small stages over the control plane, masked vectors through Flower."""
 
-    def __init__(self, host: RunHost, roster: Roster, exchange: Exchange) -> None:
-        self._host, self._roster = host, roster
-        self._by_flower = FlowerStages(host, roster, exchange)
+    def __init__(self, parts: RunParts) -> None:
+        self._host, self._roster = parts.host, parts.roster
+        self._by_flower = FlowerStages(parts)
 
     def carry(
         self, name: CarriedStage, stages: Sequence[SumStage], *, round_number: int, timeout_s: float

@@ -8,10 +8,9 @@ from typing import Protocol
 
 from cloud_coordinator.rounds.aggregation import EXAMPLES, AddedStatistics
 from cloud_coordinator.rounds.collection import TTL_MARGIN_S, Collection
-from cloud_coordinator.rounds.exchange import Exchange, Reply
-from cloud_coordinator.rounds.host import RunHost
+from cloud_coordinator.rounds.exchange import Reply
 from cloud_coordinator.rounds.initial_model import summarize
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.stage import Stage
 from cloud_coordinator.rounds.worker_messages import Participation
 from shared.parameters import Vector
@@ -54,10 +53,9 @@ class Evaluates(Protocol):
 class Evaluator:
     """Adds up what each device measured, which reaches the coordinator one by one."""
 
-    def __init__(self, host: RunHost, roster: Roster, exchange: Exchange) -> None:
-        self._host = host
-        self._roster = roster
-        self._exchange = exchange
+    def __init__(self, parts: RunParts) -> None:
+        self._parts = parts
+        self._host, self._roster, self._exchange = parts.host, parts.roster, parts.exchange
 
     def measure(
         self, parameters: Vector, cohort: Sequence[str], *, round_number: int, timeout_s: float
@@ -78,10 +76,7 @@ class Evaluator:
             return int(reply.statistics[EXAMPLES])
 
         collection = self._ask(parameters, present, round_number, timeout_s)
-        stage = Stage(
-            self._host, self._roster, self._exchange, round_number=round_number, name="evaluate"
-        )
-        stage.run(collection, fold)
+        Stage(self._parts, round_number=round_number, name="evaluate").run(collection, fold)
         participations = collection.close(self._host.seconds())
         return measured(self._host.plan.task, added.sums, participations)
 

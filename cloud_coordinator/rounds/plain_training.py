@@ -7,9 +7,8 @@ import numpy as np
 from cloud_coordinator.rounds.aggregation import ModelState, WeightedMean
 from cloud_coordinator.rounds.cohort import select_cohort, training_seed
 from cloud_coordinator.rounds.collection import TTL_MARGIN_S, Collection
-from cloud_coordinator.rounds.exchange import Exchange, Reply
-from cloud_coordinator.rounds.host import RunHost
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.exchange import Reply
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.stage import Stage
 from cloud_coordinator.rounds.trained import Groups, Trained, say_started
 from shared.errors import PeerError
@@ -18,8 +17,9 @@ from shared.errors import PeerError
 class PlainTraining:
     """Folds each update into a running mean as it comes, and drops it."""
 
-    def __init__(self, host: RunHost, roster: Roster, exchange: Exchange) -> None:
-        self._host, self._roster, self._exchange = host, roster, exchange
+    def __init__(self, parts: RunParts) -> None:
+        self._parts = parts
+        self._host, self._roster, self._exchange = parts.host, parts.roster, parts.exchange
 
     def eligible(self, joined: frozenset[str]) -> frozenset[str]:
         """Return all: every device may be asked."""
@@ -66,10 +66,7 @@ class PlainTraining:
                 raise PeerError("the reply to a training message holds no parameters")
             return mean.add(reply.parameters, reply.statistics)
 
-        stage = Stage(
-            self._host, self._roster, self._exchange, round_number=round_number, name="train"
-        )
-        stage.run(collection, fold)
+        Stage(self._parts, round_number=round_number, name="train").run(collection, fold)
         return Trained(
             count=mean.count,
             mean=mean.mean() if mean.count else None,

@@ -1,19 +1,15 @@
 """Measures parameters by secure sums; failing to measure never costs a round."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from cloud_coordinator.rounds.aggregation import EXAMPLES
 from cloud_coordinator.rounds.evaluation import Evaluation, measured
-from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.groups import draw_groups, present_groups
-from cloud_coordinator.rounds.host import RunHost
 from cloud_coordinator.rounds.initial_model import statistic_bounds
-from cloud_coordinator.rounds.pending import Scratch
 from cloud_coordinator.rounds.robust import check_sum
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.secure_training import configurer
 from cloud_coordinator.rounds.sum_plan import evaluation_spec
@@ -29,18 +25,8 @@ from shared.tasks.metrics import restore_statistics
 class SecureEvaluator:
     """Has devices measure, and learns only the sums of what they found."""
 
-    def __init__(
-        self,
-        host: RunHost,
-        roster: Roster,
-        exchange: Exchange,
-        sums: SecureSums,
-        scratch: Scratch,
-        *,
-        entropy: Callable[[int], bytes] = os.urandom,
-    ) -> None:
-        self._host, self._roster, self._exchange = host, roster, exchange
-        self._sums, self._scratch, self._entropy = sums, scratch, entropy
+    def __init__(self, parts: RunParts, sums: SecureSums) -> None:
+        self._parts, self._host, self._sums = parts, parts.host, sums
 
     def measure(
         self, parameters: Vector, cohort: Sequence[str], *, round_number: int, timeout_s: float
@@ -64,13 +50,15 @@ class SecureEvaluator:
     def _groups(self, cohort: Sequence[str]) -> Groups:
         """Return one sum of all where they fit into it, else shards that stay as they are."""
         layout = self._host.plan.layout(grouped=False)
-        here = [device for device in cohort if device in self._roster.nodes]
+        here = [device for device in cohort if device in self._parts.roster.nodes]
         if layout.groups == 1:
             fewest = self._host.plan.layout(grouped=False, roster_max=max(2, len(here)))
             return {0: here} if len(here) >= fewest.min_survivors else {}
-        rng = np.random.default_rng(int.from_bytes(self._entropy(32)))
-        drawn = draw_groups(here, layout, rng=rng, drawn=self._scratch.load_groups("evaluate"))
-        self._scratch.save_groups("evaluate", drawn)
+        rng = np.random.default_rng(int.from_bytes(self._parts.entropy(32)))
+        drawn = draw_groups(
+            here, layout, rng=rng, drawn=self._parts.scratch.load_groups("evaluate")
+        )
+        self._parts.scratch.save_groups("evaluate", drawn)
         return present_groups(drawn, here, layout)
 
     def _question(
@@ -91,7 +79,7 @@ class SecureEvaluator:
         most = max(len(devices) for devices in groups.values())
 
         def push(configs: Mapping[int, bytes], ttl_s: float) -> dict[int, str]:
-            return self._exchange.ask_to_evaluate(
+            return self._parts.exchange.ask_to_evaluate(
                 parameters, list(configs), round_number=round_number, ttl_s=ttl_s, configs=configs
             )
 
@@ -100,14 +88,12 @@ class SecureEvaluator:
             round_number=round_number,
             stage="evaluate",
             configure=configurer(
-                self._host,
-                self._roster,
+                self._parts,
                 spec,
                 round_number=round_number,
                 groups=len(groups),
                 most=most,
                 timeout_s=timeout_s,
-                rotation_seed=self._entropy(16),
             ),
             push=push,
             wanted=most,

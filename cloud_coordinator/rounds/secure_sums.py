@@ -7,15 +7,11 @@ it is asked, so that a new life of the worker resumes the sum where it was (`res
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 from cloud_coordinator.rounds.carriers import FlowerStages, RelayedStages
-from cloud_coordinator.rounds.exchange import Exchange
-from cloud_coordinator.rounds.host import RunHost
-from cloud_coordinator.rounds.pending import Scratch
-from cloud_coordinator.rounds.roster import Roster
-from cloud_coordinator.rounds.sum_work import SumOutcome, SumParts, SumQuestion, SumWork
+from cloud_coordinator.rounds.run_parts import RunParts
+from cloud_coordinator.rounds.sum_work import SumOutcome, SumQuestion, SumWork
 from shared.secure_sum.config import Purpose
 
 logger = logging.getLogger(__name__)
@@ -24,19 +20,9 @@ logger = logging.getLogger(__name__)
 class SecureSums:
     """Makes sums, for the rounds of one run."""
 
-    def __init__(
-        self,
-        host: RunHost,
-        roster: Roster,
-        exchange: Exchange,
-        scratch: Scratch,
-        *,
-        entropy: Callable[[int], bytes] = os.urandom,
-    ) -> None:
-        carrier = RelayedStages if host.announces else FlowerStages
-        self._parts = SumParts(
-            host, roster, exchange, scratch, carrier(host, roster, exchange), entropy
-        )
+    def __init__(self, parts: RunParts) -> None:
+        self._parts = parts
+        self._carrier = (RelayedStages if parts.host.announces else FlowerStages)(parts)
 
     def run(
         self,
@@ -56,7 +42,13 @@ class SecureSums:
             StoppedError: the run is to end now.
             UnavailableError: the SuperLink, the coordinator or disk space is gone.
         """
-        work = SumWork(self._parts, question.purpose, question.round_number, self._parts.host.now())
+        work = SumWork(
+            self._parts,
+            self._carrier,
+            question.purpose,
+            question.round_number,
+            self._parts.host.now(),
+        )
         work.begin(question, groups)
         return work.perform("share", on_masked)
 
@@ -77,6 +69,6 @@ class SecureSums:
         if pending is None:
             return None
         logger.info("round %d: the sum that was interrupted is resumed", round_number)
-        work = SumWork(self._parts, purpose, round_number, pending.started_at)
+        work = SumWork(self._parts, self._carrier, purpose, round_number, pending.started_at)
         work.restore(pending)
         return work.perform("mask", on_masked)

@@ -6,7 +6,6 @@ on, and neither are those that broke the protocol, until the run ends.
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
@@ -23,12 +22,10 @@ from cloud_coordinator.rounds.clipping import (
     noised_count,
 )
 from cloud_coordinator.rounds.cohort import select_cohort, training_seed
-from cloud_coordinator.rounds.exchange import Exchange, encode_plan
+from cloud_coordinator.rounds.exchange import encode_plan
 from cloud_coordinator.rounds.groups import draw_groups, present_groups, select_groups
-from cloud_coordinator.rounds.host import RunHost
-from cloud_coordinator.rounds.pending import Scratch
 from cloud_coordinator.rounds.robust import Combiner, mean_of
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.secrecy import secrecy_of
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.sum_plan import SumQuestionSpec, make_config, training_spec
@@ -50,19 +47,9 @@ _SPARE_S = 60.0  # for what lies between stages
 class SecureTraining:
     """Has cohorts train, and knows only sums of their updates."""
 
-    def __init__(
-        self,
-        host: RunHost,
-        roster: Roster,
-        exchange: Exchange,
-        sums: SecureSums,
-        scratch: Scratch,
-        *,
-        entropy: Callable[[int], bytes] = os.urandom,
-    ) -> None:
-        self._host, self._roster, self._exchange = host, roster, exchange
-        self._sums, self._scratch, self._entropy = sums, scratch, entropy
-        self._groups = scratch.load_groups("train")
+    def __init__(self, parts: RunParts, sums: SecureSums) -> None:
+        self._parts, self._host, self._sums = parts, parts.host, sums
+        self._groups = parts.scratch.load_groups("train")
         self._blamed: dict[str, str] = {}
         self._spent: frozenset[str] = frozenset()  # they sent a vector for the model as it is
         self._base = ""
@@ -70,7 +57,7 @@ class SecureTraining:
     def eligible(self, joined: frozenset[str]) -> frozenset[str]:
         """Return those who may be in a sum for the model as it is."""
         if self._host.announces:
-            joined &= self._roster.members.keys()
+            joined &= self._parts.roster.members.keys()
         return joined - self._blamed.keys() - self._spent
 
     def why_not_enough(self) -> str:
@@ -95,7 +82,7 @@ class SecureTraining:
             return {0: select_cohort(devices, plan.cohort, rng=rng, times_selected=times_selected)}
         groups = draw_groups(devices, layout, rng=rng, drawn=self._groups)
         if groups != self._groups:
-            self._scratch.save_groups("train", groups)
+            self._parts.scratch.save_groups("train", groups)
             self._groups = groups
         here = present_groups(groups, devices, layout)
         turns = {
@@ -138,14 +125,12 @@ class SecureTraining:
             round_number=round_number,
             stage="train",
             configure=configurer(
-                self._host,
-                self._roster,
+                self._parts,
                 spec,
                 round_number=round_number,
                 groups=len(groups),
                 most=layout.wanted,
                 timeout_s=timeout_s,
-                rotation_seed=self._entropy(16),
                 clip_norm=self._clip_norm(state),
             ),
             push=lambda configs, ttl_s: self._push(round_number, groups, state, configs, ttl_s),
@@ -165,7 +150,7 @@ class SecureTraining:
         ttl_s: float,
     ) -> dict[int, str]:
         plan = self._host.plan
-        message_ids = self._exchange.ask_to_train(
+        message_ids = self._parts.exchange.ask_to_train(
             state.parameters,
             plan.training,
             list(configs),
@@ -238,7 +223,7 @@ class SecureTraining:
         """Add central noise, move the clip norm, and return the mean of the devices' parameters."""
         privacy = self._host.plan.privacy
         config = next(group.config for group in outcome.groups if not group.cause)
-        rng = np.random.default_rng(int.from_bytes(self._entropy(32)))
+        rng = np.random.default_rng(int.from_bytes(self._parts.entropy(32)))
         central = privacy.noise == "central"
         unclipped = sums.pop(UNCLIPPED, 0.0)
         if central:
@@ -266,31 +251,27 @@ class SecureTraining:
 
 
 def configurer(
-    host: RunHost,
-    roster: Roster,
+    parts: RunParts,
     spec: SumQuestionSpec,
     *,
     round_number: int,
     groups: int,
     most: int,
     timeout_s: float,
-    rotation_seed: bytes,
     clip_norm: float | None = None,
 ) -> Configure:
     """Return what makes the configuration of each group's sum.
 
     Args:
-        host: knows run and plan.
-        roster: knows the membership list.
+        parts: of the run.
         spec: what is asked.
         round_number: of the round.
         groups: sums side by side.
         most: devices that one sum may hold.
         timeout_s: of the first stage.
-        rotation_seed: 16 random bytes.
         clip_norm: of this round; None: the plan's.
     """
-    plan = host.plan
+    host, plan, rotation_seed = parts.host, parts.host.plan, parts.entropy(16)
     # Long enough to be resumed by the next life of a worker that dies at the very end.
     later_s = _LATER_STAGES * plan.privacy.stage_deadline_s + plan.cohort.recruit_deadline_s
     expires_at: datetime = host.now() + timedelta(seconds=timeout_s + 2 * later_s + _SPARE_S)
@@ -307,7 +288,7 @@ def configurer(
             groups=groups,
             roster_max=min(most, devices),
             server_key=server_key,
-            membership_version=roster.membership_version,
+            membership_version=parts.roster.membership_version,
             expires_at=expires_at,
             mask_algorithm=choose_algorithm(),
             rotation_seed=rotation_seed,

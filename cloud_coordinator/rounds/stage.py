@@ -4,9 +4,9 @@ import logging
 from collections.abc import Callable
 
 from cloud_coordinator.rounds.collection import Collection, SideBySide
-from cloud_coordinator.rounds.exchange import Exchange, Reply
-from cloud_coordinator.rounds.host import HostEvent, RunHost
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.exchange import Reply
+from cloud_coordinator.rounds.host import HostEvent
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.worker_messages import (
     DeviceLeft,
     NudgeDevices,
@@ -28,21 +28,11 @@ Fold = Callable[[Reply], int]  # returns the number of examples, or raises PeerE
 class Stage:
     """The shell around one `Collection`, or several side by side."""
 
-    def __init__(
-        self,
-        host: RunHost,
-        roster: Roster,
-        exchange: Exchange,
-        *,
-        round_number: int,
-        name: StageName,
-    ) -> None:
-        self._host = host
-        self._roster = roster
-        self._exchange = exchange
+    def __init__(self, parts: RunParts, *, round_number: int, name: StageName) -> None:
+        self._host, self._roster, self._exchange = parts.host, parts.roster, parts.exchange
         self._round_number = round_number
         self._name = name
-        self._poll_s = SAFETY_POLL_S if host.announces else _SHORTEST_POLL_S
+        self._poll_s = SAFETY_POLL_S if parts.host.announces else _SHORTEST_POLL_S
         self._unheard: list[str] = []  # announced after enough had replied
 
     def run(self, collection: Collection | SideBySide, fold: Fold) -> None:

@@ -8,10 +8,7 @@ is not asked again, because the difference of two sums would be its vector.
 
 import logging
 import math
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -21,10 +18,9 @@ from cloud_coordinator.rounds.cohort import cohort_rng, select_cohort
 from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.host import RunHost
 from cloud_coordinator.rounds.initial_model import contract_of
-from cloud_coordinator.rounds.lifecycle import RoundEvent, RoundState, next_state
-from cloud_coordinator.rounds.pending import Scratch
+from cloud_coordinator.rounds.lifecycle import RoundEvent
 from cloud_coordinator.rounds.robust import check_sum
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.run_parts import RoundLife, RunParts, abandon_round, close_round
 from cloud_coordinator.rounds.secrecy import secrecy_of
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.secure_training import configurer
@@ -33,20 +29,13 @@ from cloud_coordinator.rounds.sum_session import GroupSum
 from cloud_coordinator.rounds.sum_work import SumOutcome, SumQuestion
 from cloud_coordinator.rounds.trained import Groups, say_started
 from cloud_coordinator.rounds.waiting import wait_for_devices
-from cloud_coordinator.rounds.worker_messages import (
-    Participation,
-    RoundClosed,
-    RoundRecord,
-    RunFailed,
-    RunFinished,
-    Secrecy,
-)
+from cloud_coordinator.rounds.worker_messages import RunFailed, RunFinished
 from shared.errors import PeerError, QuorumError
 from shared.secure_sum.accounting import sum_sigma
 from shared.secure_sum.config import MAX_ROSTER
 from shared.secure_sum.questions import statistics_question
 from shared.statistics.questions import check_question
-from shared.statistics.vectors import Answer, StatisticsVector
+from shared.statistics.vectors import StatisticsVector
 
 logger = logging.getLogger(__name__)
 
@@ -56,50 +45,19 @@ _ALL_SPENT = (
 )
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """One round while it lives."""
-
-    number: int
-    started_at: datetime
-    state: RoundState = RoundState.RECRUITING
-    outcome: SumOutcome | None = None
-    causes: dict[int, str] = field(default_factory=dict)  # by shard: why its sum is not there
-
-    def advance(self, event: RoundEvent) -> None:
-        self.state = next_state(self.state, event)
-        logger.info("round %d is %s", self.number, self.state, extra={"round_number": self.number})
-
-    @property
-    def participations(self) -> tuple[Participation, ...]:
-        return self.outcome.participations if self.outcome else ()
-
-    @property
-    def cause(self) -> str:
-        return "; ".join(filter(None, self.causes.values()))
-
-
 class StatisticsRun:
     """One life of a run that asks for statistics."""
 
-    def __init__(
-        self,
-        host: RunHost,
-        exchange: Exchange,
-        *,
-        entropy: Callable[[int], bytes] = os.urandom,
-    ) -> None:
+    def __init__(self, host: RunHost, exchange: Exchange) -> None:
         """Lay out the question's vector; raise ConfigError where the task's data cannot answer."""
         assert host.plan.statistics is not None, "of a plan that asks"
-        self._host, self._exchange, self._entropy = host, exchange, entropy
+        self._host, self._parts = host, RunParts.of(host, exchange)
         self._question = host.plan.statistics
         contract = contract_of(host.plan.task)
         check_question(self._question, contract)
         self._vector = StatisticsVector(self._question, contract)
         self._asked = msgspec.json.encode(self._question)  # the bytes that every device digests
-        self._roster = Roster(host, exchange)
-        self._scratch = Scratch(host.scratch)
-        self._sums = SecureSums(host, self._roster, exchange, self._scratch)
+        self._sums = SecureSums(self._parts)
         self._blamed: set[str] = set()
         self._spent: set[str] = set()
 
@@ -113,11 +71,11 @@ class StatisticsRun:
         """
         most, cause = self._host.plan.cohort.max_abandoned_rounds, "of a crash"
         for number in range(max(1, self._host.next_round), most + 1):
-            attempt = _Attempt(number, self._host.now())
+            life = RoundLife(number, self._host.now())
             try:
-                self._perform(attempt)
+                self._perform(life)
             except QuorumError as error:
-                cause = self._abandon(attempt, error)
+                cause = abandon_round(self._parts, life, error)
             else:
                 return RunFinished()
             if self._is_hopeless():
@@ -127,46 +85,49 @@ class StatisticsRun:
             "start the run again when more devices can take part"
         )
 
-    def _perform(self, attempt: _Attempt) -> None:
+    def _perform(self, life: RoundLife) -> None:
         """Ask, and save the answers; raise QuorumError where there are none."""
-        outcome = self._ask(attempt)
-        attempt.outcome = outcome
+        outcome = self._ask(life)
         self._blamed |= outcome.blamed.keys()
         self._spent |= outcome.spent
-        total, variance, count = self._total(attempt, outcome)
+        causes: dict[int, str] = {}
+        total, variance, count = self._total(outcome, causes)
+        life.participations = outcome.participations
+        life.cause = "; ".join(filter(None, causes.values()))
+        life.secrecy = secrecy_of(self._host.plan.privacy, outcome, causes)
         if not count:
             quorum = self._host.plan.cohort.quorum
-            raise QuorumError(attempt.number, survivors=0, quorum=quorum, of_what="answers")
-        attempt.advance(RoundEvent.SUM_RECOVERED)
+            raise QuorumError(life.number, survivors=0, quorum=quorum, of_what="answers")
+        life.advance(RoundEvent.SUM_RECOVERED)
         answers = self._vector.read(total, sigma=math.sqrt(variance))
-        self._close(attempt, cause=attempt.cause, answers=tuple(answers))
+        close_round(self._parts, life, cause=life.cause, answers=tuple(answers))
 
-    def _ask(self, attempt: _Attempt) -> SumOutcome:
+    def _ask(self, life: RoundLife) -> SumOutcome:
         """Make the sums, or finish those that an earlier life of this worker began."""
 
         def masked() -> None:
-            attempt.advance(RoundEvent.COLLECTION_CLOSED)
+            life.advance(RoundEvent.COLLECTION_CLOSED)
 
-        if self._scratch.load("statistics", attempt.number) is not None:
-            attempt.advance(RoundEvent.COHORT_FORMED)
-            outcome = self._sums.resume("statistics", attempt.number, on_masked=masked)
+        if self._parts.scratch.load("statistics", life.number) is not None:
+            life.advance(RoundEvent.COHORT_FORMED)
+            outcome = self._sums.resume("statistics", life.number, on_masked=masked)
             if outcome is not None:
                 return outcome
-        shards = self._shards(attempt.number)
-        attempt.advance(RoundEvent.COHORT_FORMED)
-        return self._sums.run(self._sum_question(attempt.number, shards), shards, on_masked=masked)
+        shards = self._shards(life.number)
+        life.advance(RoundEvent.COHORT_FORMED)
+        return self._sums.run(self._sum_question(life.number, shards), shards, on_masked=masked)
 
     # --- whom to ask, and what -------------------------------------------------------------------
 
     def _eligible(self, joined: frozenset[str]) -> frozenset[str]:
         if self._host.announces:
-            joined &= self._roster.members.keys()
+            joined &= self._parts.roster.members.keys()
         return joined - self._blamed - self._spent
 
     def _shards(self, number: int) -> Groups:
         """Wait for devices and part the cohort into complete sums, as few as can be."""
         plan = self._host.plan
-        joined = wait_for_devices(self._host, self._roster, self._eligible)
+        joined = wait_for_devices(self._parts, self._eligible)
         rng = cohort_rng(plan.seed, number)
         cohort = select_cohort(joined, plan.cohort, rng=rng, times_selected={})
         if len(cohort) < (quorum := plan.cohort.quorum):
@@ -178,7 +139,7 @@ class StatisticsRun:
         """Return whether only devices that may answer no more are here."""
         if not self._spent:
             return False
-        left = self._eligible(frozenset(self._roster.nodes))
+        left = self._eligible(frozenset(self._parts.roster.nodes))
         return len(left) < self._host.plan.cohort.quorum
 
     def _sum_question(self, number: int, shards: Groups) -> SumQuestion:
@@ -196,14 +157,12 @@ class StatisticsRun:
             round_number=number,
             stage="statistics",
             configure=configurer(
-                self._host,
-                self._roster,
+                self._parts,
                 spec,
                 round_number=number,
                 groups=len(shards),
                 most=MAX_ROSTER,
                 timeout_s=timeout_s,
-                rotation_seed=self._entropy(16),
             ),
             push=lambda configs, ttl_s: self._push(number, shards, configs, ttl_s),
             wanted=-(-plan.cohort.size // len(shards)),
@@ -214,7 +173,7 @@ class StatisticsRun:
     def _push(
         self, number: int, shards: Groups, configs: Mapping[int, bytes], ttl_s: float
     ) -> dict[int, str]:
-        message_ids = self._exchange.ask_for_statistics(
+        message_ids = self._parts.exchange.ask_for_statistics(
             self._asked, list(configs), round_number=number, ttl_s=ttl_s, configs=configs
         )
         cohort = [device for devices in shards.values() for device in devices]
@@ -224,17 +183,20 @@ class StatisticsRun:
     # --- from sums to answers --------------------------------------------------------------------
 
     def _total(
-        self, attempt: _Attempt, outcome: SumOutcome
+        self, outcome: SumOutcome, causes: dict[int, str]
     ) -> tuple[NDArray[np.float64], float, int]:
-        """Return the sum over all shards, the variance of its noise, and of how many devices."""
+        """Return the sum over all shards, the variance of its noise, and of how many devices.
+
+        Why a shard is not in it goes into ``causes``.
+        """
         total = np.zeros(self._vector.length)
         variance, count = 0.0, 0
         for shard in outcome.groups:
             try:
                 part = self._part(shard)
             except PeerError as error:
-                logger.warning("round %d: %s", attempt.number, error)
-                attempt.causes[shard.group] = str(error)
+                logger.warning("left out: %s", error)
+                causes[shard.group] = str(error)
                 continue
             total += part
             count += shard.survivors
@@ -247,43 +209,6 @@ class StatisticsRun:
         total, exact = shard.decoded()
         check_sum(shard.config, total, exact, shard.survivors)
         return total
-
-    # --- records ---------------------------------------------------------------------------------
-
-    def _abandon(self, attempt: _Attempt, error: QuorumError) -> str:
-        """Close the attempt without answers; return the cause, for people."""
-        attempt.advance(RoundEvent.QUORUM_LOST)
-        lost = [
-            f"{part.device_id}: {part.cause}"
-            for part in attempt.participations
-            if part.outcome not in {"replied", "not-needed"}
-        ]
-        lost = [attempt.cause, *lost] if attempt.cause else lost
-        cause = f"{error} ({'; '.join(lost)})"[:500] if lost else str(error)
-        self._close(attempt, cause=cause)
-        return cause
-
-    def _close(self, attempt: _Attempt, *, cause: str, answers: tuple[Answer, ...] = ()) -> None:
-        """Report the round and wait until its record is durable."""
-        record = RoundRecord(
-            round_number=attempt.number,
-            state="committed" if attempt.state is RoundState.COMMITTED else "abandoned",
-            cause=cause,
-            started_at=attempt.started_at,
-            closed_at=self._host.now(),
-            participations=attempt.participations,
-            metrics={},
-            answers=answers,
-            secrecy=self._secrecy(attempt),
-        )
-        self._host.report(RoundClosed(record))
-        self._roster.wait_until_saved(attempt.number)
-        self._scratch.forget_sums()
-
-    def _secrecy(self, attempt: _Attempt) -> Secrecy | None:
-        if attempt.outcome is None:
-            return None
-        return secrecy_of(self._host.plan.privacy, attempt.outcome, attempt.causes)
 
 
 def _noise_variance(shard: GroupSum) -> float:

@@ -13,10 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cloud_coordinator.rounds.carriers import CarriedStage, StageCarrier, SumStage
 from cloud_coordinator.rounds.cohort import SETTLE_S
 from cloud_coordinator.rounds.collection import TTL_MARGIN_S, Collection, SideBySide
-from cloud_coordinator.rounds.exchange import Exchange, Reply
-from cloud_coordinator.rounds.host import RunHost
-from cloud_coordinator.rounds.pending import PendingSum, Scratch
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.exchange import Reply
+from cloud_coordinator.rounds.pending import PendingSum
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.stage import Stage as FlowerStage
 from cloud_coordinator.rounds.sum_session import GroupSum, Session
 from cloud_coordinator.rounds.worker_messages import Participation, WaitingForDevices
@@ -83,30 +82,22 @@ class SumOutcome:
         return frozenset(p.device_id for p in self.participations if SPENT in p.cause)
 
 
-@dataclass(frozen=True, slots=True)
-class SumParts:
-    """What all sums of a run share."""
-
-    host: RunHost
-    roster: Roster
-    exchange: Exchange
-    scratch: Scratch
-    carrier: StageCarrier
-    entropy: Callable[[int], bytes]
-
-
 class SumWork:
     """The sums of one question, from the first stage to the last."""
 
     def __init__(
-        self, parts: SumParts, purpose: Purpose, round_number: int, started_at: datetime
+        self,
+        parts: RunParts,
+        carrier: StageCarrier,
+        purpose: Purpose,
+        round_number: int,
+        started_at: datetime,
     ) -> None:
-        self._host, self._roster = parts.host, parts.roster
-        self._exchange, self._scratch = parts.exchange, parts.scratch
-        self._carrier, self._entropy = parts.carrier, parts.entropy
+        self._parts, self._carrier = parts, carrier
+        self._host, self._roster, self._scratch = parts.host, parts.roster, parts.scratch
         self._purpose, self._round_number, self._started_at = purpose, round_number, started_at
         self._sessions: list[Session] = []
-        self._parts: dict[str, Participation] = {}
+        self._taken: dict[str, Participation] = {}  # each device's part
         self._blamed: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
         self._snapshot_due_s = 0.0
@@ -119,7 +110,7 @@ class SumWork:
         for group, devices in groups.items():
             key = X25519PrivateKey.generate()
             public = key.public_key().public_bytes_raw()
-            config = question.configure(group, self._entropy(32), public, len(devices))
+            config = question.configure(group, self._parts.entropy(32), public, len(devices))
             payload = encode_config(config)
             invited = [d for d in devices if d in members] if self._host.announces else None
             server = SumServer(
@@ -169,16 +160,10 @@ class SumWork:
             self._advertised(sessions[device], device, reply.answer)
             return 0
 
-        stage = FlowerStage(
-            host,
-            self._roster,
-            self._exchange,
-            round_number=question.round_number,
-            name=question.stage,
-        )
+        stage = FlowerStage(self._parts, round_number=question.round_number, name=question.stage)
         stage.run(collections, fold)
         for part in collections.parts:
-            self._parts |= {p.device_id: p for p in part.close(host.seconds())}
+            self._taken |= {p.device_id: p for p in part.close(host.seconds())}
         self._seconds[question.stage] = host.seconds() - started_s
 
     def _advertised(self, session: Session, name: str, answer: SignedAnswer) -> None:
@@ -365,7 +350,7 @@ class SumWork:
         self._seconds[name] = self._seconds.get(name, 0.0) + took_s
 
     def _note_part(self, stage: CarriedStage, part: Participation) -> None:
-        before = self._parts[part.device_id]
+        before = self._taken[part.device_id]
         merged = msgspec.structs.replace(
             before,
             bytes_down=before.bytes_down + part.bytes_down,
@@ -379,7 +364,7 @@ class SumWork:
             outcome = "late" if part.outcome == "not-needed" else part.outcome
             cause = f"{part.cause} {_WHILE[stage]}"
             merged = msgspec.structs.replace(merged, outcome=outcome, cause=cause)
-        self._parts[part.device_id] = merged
+        self._taken[part.device_id] = merged
 
     def _drop_absent(self, session: Session) -> None:
         """Ask nobody who has left in the meantime."""
@@ -388,11 +373,11 @@ class SumWork:
             name = session.names[device_id]
             if name not in here:
                 server.drop(device_id, "left")
-                part = self._parts[name]
+                part = self._taken[name]
                 if part.outcome == "replied":
                     gone = "left after it had answered"
                     part = msgspec.structs.replace(part, outcome="dropped", cause=gone)
-                    self._parts[name] = part
+                    self._taken[name] = part
 
     def _close(self, session: Session, close: Callable[[Session], object]) -> None:
         """Close a stage of one session; one that is lost does not cost the others."""
@@ -412,7 +397,7 @@ class SumWork:
     def _outcome(self) -> SumOutcome:
         return SumOutcome(
             groups=tuple(session.outcome() for session in self._sessions),
-            participations=tuple(self._parts.values()),
+            participations=tuple(self._taken.values()),
             blamed=dict(self._blamed),
             stage_seconds=dict(self._seconds),
         )
@@ -435,7 +420,7 @@ class SumWork:
             purpose=self._purpose,
             started_at=self._started_at,
             groups=tuple(s.as_pending() for s in self._sessions),
-            participations=tuple(self._parts.values()),
+            participations=tuple(self._taken.values()),
             blamed=self._blamed,
             stage_seconds=self._seconds,
         )
@@ -443,7 +428,7 @@ class SumWork:
 
     def restore(self, pending: PendingSum) -> None:
         """Take up what `_save` kept."""
-        self._parts = {part.device_id: part for part in pending.participations}
+        self._taken = {part.device_id: part for part in pending.participations}
         self._blamed, self._seconds = dict(pending.blamed), dict(pending.stage_seconds)
         self._sessions = [Session.restored(kept) for kept in pending.groups]
 

@@ -6,8 +6,7 @@ rounds run in our worker child, in Flower's simulation engine, and over stock Su
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
 from functools import partial
 
 import msgspec
@@ -21,10 +20,14 @@ from cloud_coordinator.rounds.evaluation import Evaluates, Evaluation, Evaluator
 from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.host import RunHost
 from cloud_coordinator.rounds.initial_model import initial_parameters
-from cloud_coordinator.rounds.lifecycle import RoundEvent, RoundState, next_state
-from cloud_coordinator.rounds.pending import Scratch
+from cloud_coordinator.rounds.lifecycle import RoundEvent
 from cloud_coordinator.rounds.plain_training import PlainTraining
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.run_parts import (
+    RoundLife,
+    RunParts,
+    abandon_round,
+    close_round,
+)
 from cloud_coordinator.rounds.secure_evaluation import SecureEvaluator
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.secure_training import SecureTraining
@@ -33,12 +36,8 @@ from cloud_coordinator.rounds.trained import Groups, Trained, Training
 from cloud_coordinator.rounds.waiting import wait_for_devices
 from cloud_coordinator.rounds.worker_messages import (
     Participation,
-    ResumePoint,
-    RoundClosed,
-    RoundRecord,
     RunFailed,
     RunFinished,
-    Secrecy,
 )
 from shared.errors import QuorumError, StoppedError
 
@@ -78,46 +77,14 @@ def perform_run(host: RunHost, grid: Grid) -> None:
     build_server_app(host)(grid, context)
 
 
-@dataclass(slots=True)
-class _Round:
-    """One round while it lives."""
-
-    number: int
-    started_at: datetime
-    state: RoundState = RoundState.RECRUITING
-    participations: tuple[Participation, ...] = ()
-    trained_s: float = 0.0  # how long training took
-    training_sums: dict[str, float] = field(default_factory=dict)
-    cause: str = ""  # why some or all of its sums are not there
-    is_hopeless: bool = False  # the same model cannot be trained by enough devices any more
-    secrecy: Secrecy | None = None
-
-    def advance(self, event: RoundEvent) -> None:
-        self.state = next_state(self.state, event)
-        logger.info("round %d is %s", self.number, self.state, extra={"round_number": self.number})
-
-
 class TrainingRun:
     """All rounds of one life of one run."""
 
     def __init__(self, host: RunHost, exchange: Exchange) -> None:
-        self._host = host
-        self._plan = host.plan
-        self._exchange = exchange
-        self._roster = Roster(host, exchange)
-        self._scratch = Scratch(host.scratch)
-        self._training, self._evaluator = self._parts(host, exchange)
+        self._host, self._plan = host, host.plan
+        self._parts = RunParts.of(host, exchange)
+        self._training, self._evaluator = _work_of(self._parts)
         self._times_selected = dict(host.times_selected)
-
-    def _parts(self, host: RunHost, exchange: Exchange) -> tuple[Training, Evaluates]:
-        roster, scratch = self._roster, self._scratch
-        if host.plan.privacy.mode == "plain":
-            return PlainTraining(host, roster, exchange), Evaluator(host, roster, exchange)
-        sums = SecureSums(host, roster, exchange, scratch)
-        return (
-            SecureTraining(host, roster, exchange, sums, scratch),
-            SecureEvaluator(host, roster, exchange, sums, scratch),
-        )
 
     def run(self) -> RunFinished | RunFailed:
         """Perform the rounds that are left; each is saved before the next starts.
@@ -129,12 +96,12 @@ class TrainingRun:
         """
         committed, state = self._begin()
         for number in range(max(1, self._host.next_round), self._plan.rounds + 1):
-            life = _Round(number, self._host.now())
+            life = RoundLife(number, self._host.now())
             try:
                 state = self._perform(life, state)
                 committed = number
             except QuorumError as error:
-                cause = self._abandon(life, error)
+                cause = abandon_round(self._parts, life, error)
                 if life.is_hopeless:
                     return RunFailed(self._training.why_not_enough())
                 if number - committed >= self._plan.cohort.max_abandoned_rounds:
@@ -147,7 +114,7 @@ class TrainingRun:
         """Return the last committed round and its state; the first life makes round 0."""
         if (resume := self._host.resume) is not None:
             return resume.round_number, load_state(self._host.blobs, resume)
-        life = _Round(0, self._host.now())
+        life = RoundLife(0, self._host.now())
         state = ModelState(initial_parameters(self._plan.task, self._plan.seed))
         evaluation = Evaluation()
         if self._plan.evaluate:
@@ -159,7 +126,7 @@ class TrainingRun:
         self._commit(life, state, evaluation)
         return 0, state
 
-    def _perform(self, life: _Round, state: ModelState) -> ModelState:
+    def _perform(self, life: RoundLife, state: ModelState) -> ModelState:
         """Train one round and commit it; raise QuorumError where it has to be abandoned."""
         quorum = self._plan.cohort.quorum
         trained = self._train(life, state)
@@ -176,10 +143,10 @@ class TrainingRun:
         self._commit(life, following, self._evaluate(life, following, devices))
         return following
 
-    def _train(self, life: _Round, state: ModelState) -> Trained:
+    def _train(self, life: RoundLife, state: ModelState) -> Trained:
         """Have a cohort train, or finish what an earlier life of this worker began."""
         masked = partial(life.advance, RoundEvent.COLLECTION_CLOSED)
-        if self._scratch.load("train", life.number) is not None:
+        if self._parts.scratch.load("train", life.number) is not None:
             life.advance(RoundEvent.COHORT_FORMED)
             if trained := self._training.resume(life.number, state, on_masked=masked):
                 return trained
@@ -199,11 +166,11 @@ class TrainingRun:
 
     def _recruit(self, number: int) -> Groups:
         """Wait for devices, and return who is asked: fewer than the quorum if the wait was vain."""
-        joined = wait_for_devices(self._host, self._roster, self._training.eligible)
+        joined = wait_for_devices(self._parts, self._training.eligible)
         rng = cohort_rng(self._plan.seed, number)
         return self._training.select(joined, rng=rng, times_selected=self._times_selected)
 
-    def _evaluate(self, life: _Round, state: ModelState, devices: Sequence[str]) -> Evaluation:
+    def _evaluate(self, life: RoundLife, state: ModelState, devices: Sequence[str]) -> Evaluation:
         if not self._plan.evaluate:
             return Evaluation()
         evaluation = self._evaluator.measure(
@@ -215,50 +182,18 @@ class TrainingRun:
         life.participations = _with_downloads(life.participations, evaluation.participations)
         return evaluation
 
-    def _commit(self, life: _Round, state: ModelState, evaluation: Evaluation) -> None:
+    def _commit(self, life: RoundLife, state: ModelState, evaluation: Evaluation) -> None:
         result = save_state(self._host.blobs, state, round_number=life.number)
         cause = "; ".join(filter(None, (life.cause, evaluation.cause)))
-        self._close(life, cause=cause, metrics=evaluation.metrics, result=result)
+        close_round(self._parts, life, cause=cause, metrics=evaluation.metrics, result=result)
 
-    def _abandon(self, life: _Round, error: QuorumError) -> str:
-        """Close the round without a result; return the cause, for people."""
-        life.advance(RoundEvent.QUORUM_LOST)
-        lost = [
-            f"{part.device_id}: {part.cause}"
-            for part in life.participations
-            if part.outcome not in {"replied", "not-needed"}
-        ]
-        lost = [life.cause, *lost] if life.cause else lost
-        cause = f"{error} ({'; '.join(lost)})"[:500] if lost else str(error)
-        self._close(life, cause=cause)
-        return cause
 
-    def _close(
-        self,
-        life: _Round,
-        *,
-        cause: str,
-        metrics: dict[str, float] | None = None,
-        result: ResumePoint | None = None,
-    ) -> None:
-        """Report the round and wait until its record is durable."""
-        assert life.state in {RoundState.COMMITTED, RoundState.ABANDONED}
-        record = RoundRecord(
-            round_number=life.number,
-            state="committed" if life.state is RoundState.COMMITTED else "abandoned",
-            cause=cause,
-            started_at=life.started_at,
-            closed_at=self._host.now(),
-            participations=life.participations,
-            metrics=metrics or {},
-            training_sums=life.training_sums,
-            parameters_sha256=result.parameters_sha256 if result else None,
-            optimizer_sha256=result.optimizer_sha256 if result else None,
-            secrecy=life.secrecy,
-        )
-        self._host.report(RoundClosed(record))
-        self._roster.wait_until_saved(life.number)
-        self._scratch.forget_sums()
+def _work_of(parts: RunParts) -> tuple[Training, Evaluates]:
+    """Return what trains and what measures, by sums alone unless the plan says otherwise."""
+    if parts.host.plan.privacy.mode == "plain":
+        return PlainTraining(parts), Evaluator(parts)
+    sums = SecureSums(parts)
+    return SecureTraining(parts, sums), SecureEvaluator(parts, sums)
 
 
 def _with_downloads(

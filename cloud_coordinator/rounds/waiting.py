@@ -4,26 +4,25 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from cloud_coordinator.rounds.cohort import can_start, wanted_devices
-from cloud_coordinator.rounds.host import RunHost
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.worker_messages import WaitingForDevices
 
 _LOOK_AROUND_S = 1.0  # while too few devices are there
 
 
 def wait_for_devices(
-    host: RunHost, roster: Roster, eligible: Callable[[frozenset[str]], frozenset[str]]
+    parts: RunParts, eligible: Callable[[frozenset[str]], frozenset[str]]
 ) -> frozenset[str]:
     """Return the devices that may be asked: fewer than the quorum if the wait was vain.
 
     Args:
-        host: is told who is waited for.
-        roster: knows who is there.
+        parts: of the run; its host is told who is waited for.
         eligible: leaves out those who may not be asked.
 
     Raises:
         StoppedError: the run is to end now.
     """
+    host, roster = parts.host, parts.roster
     plan = host.plan.cohort
     deadline_s = host.seconds() + plan.recruit_deadline_s
     until = host.now() + timedelta(seconds=plan.recruit_deadline_s)

@@ -5,7 +5,6 @@ they say nothing any more. The sum must be, lane by lane, that of the survivors'
 """
 
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +14,7 @@ from functools import lru_cache, partial
 import numpy as np
 
 from cloud_coordinator.rounds.exchange import Exchange, encode_plan
-from cloud_coordinator.rounds.pending import Scratch
-from cloud_coordinator.rounds.roster import Roster
+from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.secure_training import configurer
 from cloud_coordinator.rounds.sum_plan import training_spec
@@ -83,19 +81,18 @@ def secure_rounds(setting: Setting, *, repeats: int, seed: int = 0) -> list[Meas
     rng = np.random.default_rng(seed)
     parameters = rng.normal(0, 0.01, setting.length).astype(np.float32)
     with secure_fleet(setting.plan(), setting.devices) as fleet, fleet.run() as grid:
-        exchange, scratch = Exchange(grid), Scratch(fleet.scratch)
-        roster = Roster(fleet, exchange)
-        sums = SecureSums(fleet, roster, exchange, scratch)
+        parts = RunParts.of(fleet, Exchange(grid))
+        roster, sums = parts.roster, SecureSums(parts)
         measured, spent = [], fleet.begin_round(1, lost := _draw_lost(setting, fleet, rng))
         for number in range(1, repeats + 2):
             while len(roster.nodes) < setting.devices:
                 roster.wait(1.0)
-            question = _question(fleet, roster, exchange, parameters, number)
+            question = _question(parts, parameters, number)
             begun = time.perf_counter()
             outcome = sums.run(question, {0: list(fleet.device_ids)})
             seconds = time.perf_counter() - begun
             _check(fleet, outcome, lost)
-            scratch.forget_sums()
+            parts.scratch.forget_sums()
             before, spent = (
                 spent,
                 fleet.begin_round(number + 1, lost := _draw_lost(setting, fleet, rng)),
@@ -122,11 +119,9 @@ def _draw_lost(setting: Setting, fleet: SecureFleet, rng: np.random.Generator) -
     return dict(zip(lost, stages, strict=True))
 
 
-def _question(
-    fleet: SecureFleet, roster: Roster, exchange: Exchange, parameters: Vector, number: int
-) -> SumQuestion:
+def _question(parts: RunParts, parameters: Vector, number: int) -> SumQuestion:
     """Ask for updates as the rounds do; see rounds/secure_training.py."""
-    plan = fleet.plan
+    plan = parts.host.plan
     spec = training_spec(
         plan,
         length=parameters.size,
@@ -135,7 +130,7 @@ def _question(
     )
 
     def push(configs: Mapping[int, bytes], ttl_s: float) -> dict[int, str]:
-        return exchange.ask_to_train(
+        return parts.exchange.ask_to_train(
             parameters,
             plan.training,
             list(configs),
@@ -151,14 +146,12 @@ def _question(
         round_number=number,
         stage="train",
         configure=configurer(
-            fleet,
-            roster,
+            parts,
             spec,
             round_number=number,
             groups=1,
             most=plan.layout().wanted,
             timeout_s=_ROUND_DEADLINE_S,
-            rotation_seed=os.urandom(16),
         ),
         push=push,
         wanted=plan.layout().wanted,
