@@ -31,8 +31,6 @@ from shared.secure_sum.messages import (
     Advertised,
     Dealt,
     Masked,
-    Revealed,
-    RevealedShare,
     Shared,
     SignedAnswer,
     Survivors,
@@ -77,8 +75,6 @@ UPLINK: Mapping[type[msgspec.Struct], Mapping[str, Tells]] = {
     Dealt: _machine("to", "box", "seed_share_commitment", "key_share_commitment"),
     Masked: _machine("lanes_digest", "bad_boxes"),  # the digest is of lanes that are masked
     Survivors: _machine("bitmap"),
-    Revealed: _machine("shares"),
-    RevealedShare: _machine("dealer", "share"),
     # HTTP
     EnrolmentRequest: _machine(
         "token_id", "secret", "device_id", "identity_key", "node_key_pem", "identity_proof",

@@ -23,15 +23,13 @@ from shared.secure_sum.messages import (
     Boxes,
     Masked,
     Question,
-    Revealed,
-    RevealedShare,
     Roster,
     SignedAnswer,
     Stage,
     Survivors,
     Unmask,
     encode,
-    encode_revealed,
+    join_shares,
     sign_answer,
     signed_bytes,
 )
@@ -250,14 +248,14 @@ class SumClient:
             raise PeerError("these are not the survivors that this device signed")
         self._check_consents(roster, unmask)
         kinds = shares_to_reveal(self._place, self._sharing, self._survivors[1])
-        shares = tuple(
-            RevealedShare(dealer, self._received[dealer][0 if kind == "seed" else 1])
+        shares = {
+            dealer: self._received[dealer][0 if kind == "seed" else 1]
             for dealer, kind in kinds.items()
             if dealer in self._received
-        )
+        }
         return seal_to(
             self._config.server_key,
-            encode_revealed(Revealed(shares), roster_size=len(roster)),
+            join_shares(shares, roster_size=len(roster)),
             associated=roster.revealed_to_server(self._device_id),
         )
 

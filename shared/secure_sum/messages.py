@@ -5,6 +5,7 @@ the device's identity over session, stage, H(config), roster digest and body, so
 carries it cannot forge, move or mix it. Bodies are MessagePack, structs as arrays.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -18,6 +19,9 @@ from shared.signing import SigningKey, VerifyingKey
 Stage = Literal["advertise", "share", "mask", "consent", "reveal"]  # S0, S1, S2, S2c, S3
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Commitment = Annotated[bytes, Meta(min_length=32, max_length=32)]
+_SLOT_BYTES = 32
+_NO_SHARE = bytes(_SLOT_BYTES)
+
 Index = Annotated[int, Meta(ge=0, lt=MAX_ROSTER)]  # place in the roster, which is sorted by id
 Box = Annotated[bytes, Meta(min_length=80, max_length=80)]  # two shares of 32 B, and GCM's tag
 Bitmap = Annotated[bytes, Meta(max_length=MAX_ROSTER // 8)]  # bit i of byte i//8: roster place i
@@ -112,26 +116,13 @@ class Unmask(Struct, frozen=True):
     consents: Annotated[tuple[Consent, ...], Meta(max_length=MAX_ROSTER)]
 
 
-class RevealedShare(Struct, frozen=True):
-    """A share of a survivor's seed, or of a dropped device's key; never both."""
-
-    dealer: Index
-    share: Annotated[bytes, Meta(min_length=32, max_length=32)]
-
-
-class Revealed(Struct, frozen=True):
-    """S3 answer, sealed to the session's server key."""
-
-    shares: Annotated[tuple[RevealedShare, ...], Meta(max_length=MAX_ROSTER)]
-
-
 class SignedAnswer(Struct, frozen=True, kw_only=True):
     """One device's word at one stage. A refusal has an empty body and says why."""
 
     session: Key
     stage: Stage
     device_id: Identifier
-    body: Annotated[bytes, Meta(max_length=64 * 1024)]  # MessagePack; of S3: sealed
+    body: Annotated[bytes, Meta(max_length=64 * 1024)]  # MessagePack; of S3: sealed slots
     refusal: Text = ""  # says nothing of the data
     signature: Signature
 
@@ -152,16 +143,27 @@ def decode(content: bytes, kind: type[T]) -> T:
         raise PeerError(f"not a {kind.__name__} of a secure sum: {error}") from error
 
 
-def encode_revealed(revealed: Revealed, *, roster_size: int) -> bytes:
-    """Serialise to a length that depends on the size of the roster alone, before it is sealed."""
-    content = encode(revealed)
-    return len(content).to_bytes(4, "big") + content.ljust(8 + 37 * roster_size, b"\0")
+def join_shares(shares: Mapping[int, bytes], *, roster_size: int) -> bytes:
+    """Lay out what a device reveals at S3, before it is sealed.
+
+    A slot of 32 bytes for each place of the roster holds one share of that dealer (of a survivor's
+    seed, or of a dropped device's key, never both), or zeros where there is none. So the length
+    says nothing, and who deals a share of zeros, 1 of 2^255, dealt none.
+    """
+    return b"".join(shares.get(place, _NO_SHARE) for place in range(roster_size))
 
 
-def decode_revealed(content: bytes) -> Revealed:
-    """Read what `encode_revealed` wrote; raise PeerError where it is no such message."""
-    length = int.from_bytes(content[:4], "big")
-    return decode(content[4 : 4 + length], Revealed)
+def dealers_in(revealed: bytes, roster_size: int) -> frozenset[int]:
+    """Return of whom there are shares; of nobody if the length is wrong."""
+    if len(revealed) != _SLOT_BYTES * roster_size:
+        return frozenset()
+    return frozenset(place for place in range(roster_size) if share_in(revealed, place))
+
+
+def share_in(revealed: bytes, dealer: int) -> bytes:
+    """Return the share in a dealer's slot; empty where there is none."""
+    share = revealed[_SLOT_BYTES * dealer : _SLOT_BYTES * (dealer + 1)]
+    return b"" if share == _NO_SHARE else share
 
 
 def signed_bytes(

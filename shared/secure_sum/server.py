@@ -32,7 +32,7 @@ from shared.secure_sum.messages import (
     SignedAnswer,
     Survivors,
     Unmask,
-    decode_revealed,
+    dealers_in,
 )
 from shared.secure_sum.roster import SumRoster
 from shared.secure_sum.rules import bitmap_of, blame_for_bad_boxes
@@ -322,14 +322,13 @@ class SumServer:
         place = roster.place_of(answer.device_id)
         try:
             associated = roster.revealed_to_server(answer.device_id)
-            content = open_sealed_to(self._server_key, answer.body, associated=associated)
-            revealed = decode_revealed(content)
+            revealed = open_sealed_to(self._server_key, answer.body, associated=associated)
         except PeerError:
             self._intake.reject(answer, "revealed something unreadable")
         wanted = memory.dealings.keys() - {place, *memory.bad_boxes.get(place, ())}
-        if [share.dealer for share in revealed.shares] != sorted(wanted):
+        if dealers_in(revealed, len(roster)) != wanted:
             self._intake.reject(answer, "did not reveal one share of each peer")
-        memory.revealed[place] = {share.dealer: share.share for share in revealed.shares}
+        memory.revealed[place] = revealed
         return self._intake.count(answer)
 
     def finish(self) -> SumResult:

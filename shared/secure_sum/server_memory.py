@@ -61,7 +61,7 @@ class ServerMemory(msgspec.Struct, kw_only=True):
         masked: whose vectors are in the sum; in the end U3.
         bad_boxes: by receiver: dealers whose boxes it could not use.
         consents: signatures of the survivors.
-        revealed: by revealer, by dealer: a share.
+        revealed: by revealer, the shares in their slots (`messages.join_shares`).
     """
 
     v: Literal[1] = 1
@@ -79,7 +79,7 @@ class ServerMemory(msgspec.Struct, kw_only=True):
     masked: set[int] = set()
     bad_boxes: dict[int, tuple[int, ...]] = {}
     consents: dict[int, bytes] = {}
-    revealed: dict[int, dict[int, bytes]] = {}
+    revealed: dict[int, bytes] = {}
 
     def __repr__(self) -> str:
         return f"ServerMemory(state={self.state.value!r})"

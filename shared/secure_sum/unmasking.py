@@ -22,6 +22,7 @@ from shared.secure_sum.keys import (
     pair_mask_key,
 )
 from shared.secure_sum.masking import Lanes, apply_masks
+from shared.secure_sum.messages import share_in
 from shared.secure_sum.roster import SumRoster
 from shared.secure_sum.rules import ShareKind, Sign, pair_sign
 from shared.secure_sum.server_memory import Blame, Dealing
@@ -51,7 +52,7 @@ class Unmasking:
         dealings: Mapping[int, Dealing],
         *,
         survivors: frozenset[int],
-        revealed: Mapping[int, Mapping[int, bytes]],
+        revealed: Mapping[int, bytes],
     ) -> None:
         """Begin, or go on, with the shares that were revealed so far.
 
@@ -59,7 +60,7 @@ class Unmasking:
             roster: U1.
             dealings: by dealer: what it committed to at S1; U2 are their keys.
             survivors: U3.
-            revealed: by revealer, by dealer: a share. The caller adds to it; nobody removes.
+            revealed: by revealer, its shares in their slots. The caller adds to it; nobody removes.
         """
         self._roster, self._dealings, self._revealed = roster, dealings, revealed
         self._survivors, self._dropped = survivors, frozenset(dealings) - survivors
@@ -86,16 +87,14 @@ class Unmasking:
         Raises:
             BadDealerError: good shares of somebody do not make what it promised.
         """
-        # Counting every dealer's shares takes a while, and an answer comes from every device.
-        while len(self._revealed) - len(self._lied) >= self._roster.threshold:
-            if self.lacking() is not None:
-                return False
+        while len(self._revealed) - (lied := len(self._lied)) >= self._roster.threshold:
             waiting = sorted((self._survivors | self._dropped) - self._secrets.keys())
-            if not waiting:
-                return True
             base = self._base()
             # One liar may spoil every secret: begin anew without it, not secret by secret.
-            all(self._rebuild_one(dealer, base) for dealer in waiting)
+            if all(self._rebuild_one(dealer, base) for dealer in waiting):
+                return True
+            if len(self._lied) == lied:  # nobody lied: too few shares of somebody are there
+                return False
         return False
 
     def remove_masks(self, lanes: Lanes, algorithm: MaskAlgorithm, *, threads: int) -> None:
@@ -124,7 +123,7 @@ class Unmasking:
         return [
             place
             for place, shares in self._revealed.items()
-            if dealer in shares and place not in self._lied
+            if place not in self._lied and share_in(shares, dealer)
         ]
 
     def _base(self) -> Interpolation:
@@ -139,15 +138,20 @@ class Unmasking:
         return self._interpolations[places]
 
     def _rebuild_one(self, dealer: int, base: Interpolation) -> bool:
-        """Rebuild one secret; if that fails, name who lied and return False."""
+        """Rebuild one secret, or return False: there are too few shares, or some are bad.
+
+        Who revealed bad ones is named then.
+        """
         interpolation = base.without(dealer + 1) if dealer + 1 in base.places else base
-        if any(dealer not in self._revealed[place - 1] for place in interpolation.places):
-            holders = self._holders(dealer)[: self._roster.threshold]
-            interpolation = self._interpolation(holders)
+        shares = self._shares_of(dealer, interpolation)
+        if len(shares) < self._roster.threshold or not all(shares):
+            holders = self._holders(dealer)
+            if len(holders) < self._roster.threshold:
+                return False
+            interpolation = self._interpolation(holders[: self._roster.threshold])
+            shares = self._shares_of(dealer, interpolation)
         try:
-            secret = interpolation.rebuild(
-                [self._revealed[place - 1][dealer] for place in interpolation.places]
-            )
+            secret = interpolation.rebuild(shares)
         except PeerError:
             secret = b""
         if secret and self._is_promised(dealer, secret):
@@ -155,6 +159,9 @@ class Unmasking:
             return True
         self._find_liars(dealer)
         return False
+
+    def _shares_of(self, dealer: int, interpolation: Interpolation) -> list[bytes]:
+        return [share_in(self._revealed[place - 1], dealer) for place in interpolation.places]
 
     def _is_promised(self, dealer: int, secret: bytes) -> bool:
         roster, entry = self._roster, self._roster.entries[dealer]
@@ -173,7 +180,7 @@ class Unmasking:
             if self._dealings[dealer].commitment(dealer, place, kind)
             != commit_share(
                 kind,
-                self._revealed[place][dealer],
+                share_in(self._revealed[place], dealer),
                 self._roster.binding,
                 dealer=entry.device_id,
                 receiver=self._roster.entries[place].device_id,

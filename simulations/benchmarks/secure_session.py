@@ -93,9 +93,9 @@ class Session:
         answer = self.clients[name].mask(self._boxes[name], lanes)
         return time.perf_counter() - begun, answer, lanes
 
-    def mask_lanes(self, name: str, lanes: Lanes) -> None:
-        """Let one device mask lanes that are encoded already, and add them."""
-        self.server.take_masked(self.clients[name].mask(self._boxes[name], lanes), lanes)
+    def mask_lanes(self, name: str, lanes: Lanes) -> SignedAnswer:
+        """Let one device mask lanes that are encoded already; they have not been added yet."""
+        return self.clients[name].mask(self._boxes[name], lanes)
 
     def reveal(self, names: Collection[str]) -> list[SignedAnswer]:
         """Let the survivors agree and reveal; what they say has not reached the server yet."""
@@ -106,10 +106,15 @@ class Session:
         return [self.clients[name].reveal(unmask) for name in names]
 
     def unmask(self, revealed: Sequence[SignedAnswer]) -> tuple[float, SumResult]:
-        """Let the server remove the masks; return its seconds and the sum."""
+        """Let the server remove the masks; return its seconds and the sum.
+
+        As in a round, it reads no more answers than it needs.
+        """
         begun = time.perf_counter()
         for answer in revealed:
             self.server.take_revealed(answer)
+            if self.server.enough_revealed:
+                break
         result = self.server.finish()
         return time.perf_counter() - begun, result
 

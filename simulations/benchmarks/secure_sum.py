@@ -211,7 +211,7 @@ def _unmask_seconds(setting: Setting, *, dropped: int, lost_in_training: int = 0
     for name in present:
         lanes = random_lanes(session.config, rng)
         np.add(expected, lanes.main, out=expected)
-        session.mask_lanes(name, lanes)
+        session.server.take_masked(session.mask_lanes(name, lanes), lanes)
     seconds, result = session.unmask(session.reveal(present))
     if not np.array_equal(result.lanes.main, expected):
         raise AssertionError("the unmasked sum is not the sum of the encodings")
@@ -235,10 +235,10 @@ def _server_memory(name: str, *, repeats: int) -> Row:
 
 
 def _server_memory_of_many(name: str, *, repeats: int) -> Row:
-    """Compare 1,000 devices, shard after shard of 250, with 100."""
-    shards = 1 if repeats < _REPEATS else 4
+    """Compare one shard of 250 devices, of which 1,000 make four, with 100 devices."""
+    del repeats
     few = _peak_bytes(Setting(100, 1_000_000, 16))
-    many = max(_peak_bytes(Setting(250, 1_000_000, 16)) for _ in range(shards))
+    many = _peak_bytes(Setting(250, 1_000_000, 16))
     return row_at_most(
         name,
         many / _MIB,
@@ -252,23 +252,37 @@ def _server_memory_of_many(name: str, *, repeats: int) -> Row:
 def _peak_bytes(setting: Setting) -> int:
     """Return how much the server allocates at most from the first vector to the sum.
 
-    A device's vector is made when its turn comes, and is gone before the next; it counts as one
-    vector of the server's, which has it in hand then.
+    What devices allocate is not traced. A vector is copied when its turn comes, and that copy is
+    gone before the next; it counts as one of the server's, which has it in hand then.
     """
-    session = _shared_session(setting)
-    dropped = setting.devices // 20
-    present = session.names[dropped:]
-    rng = np.random.default_rng(0)
-    lanes = random_lanes(session.config, rng)
+    session, rng = _shared_session(setting), np.random.default_rng(0)
+    present = session.names[setting.devices // 20 :]
+    uploads = []
+    for name in present:
+        lanes = random_lanes(session.config, rng)
+        uploads.append((session.mask_lanes(name, lanes), lanes))
+
+    def mask() -> None:
+        for answer, lanes in uploads:
+            session.server.take_masked(answer, Lanes(lanes.main.copy(), lanes.exact))
+
+    peak, left = _traced(mask)
+    revealed = session.reveal(present)
+    peak_at_end, _ = _traced(lambda: session.unmask(revealed))
+    sum_bytes = uploads[0][1].main.nbytes  # it is there before the first vector
+    return sum_bytes + max(peak, left + peak_at_end)
+
+
+def _traced(work: Callable[[], object]) -> tuple[int, int]:
+    """Return how many bytes ``work`` allocated at most, and how many it left."""
     gc.collect()
     tracemalloc.start()
     try:
-        for name in present:
-            session.mask_lanes(name, Lanes(lanes.main.copy(), lanes.exact))
-        session.unmask(session.reveal(present))
-        return tracemalloc.get_traced_memory()[1]
+        work()
+        left, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    return peak, left
 
 
 # --- what the measurements share ------------------------------------------------------------------

@@ -10,13 +10,12 @@ from shared.messages import UP, Envelope
 from shared.secure_sum.messages import (
     Advertised,
     Masked,
-    Revealed,
     Shared,
     SignedAnswer,
     Survivors,
 )
 
-STAGE_BODIES = (Advertised, Shared, Masked, Survivors, Revealed)  # inside `SignedAnswer.body`
+STAGE_BODIES = (Advertised, Shared, Masked, Survivors)  # inside `SignedAnswer.body`
 ENTRANCES = (*UP, Envelope, EnrolmentRequest, SignedAnswer, *STAGE_BODIES)
 
 

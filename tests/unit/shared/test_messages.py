@@ -55,14 +55,13 @@ from shared.secure_sum.config import MAX_ROSTER
 from shared.secure_sum.messages import (
     Consent,
     Dealt,
-    Revealed,
-    RevealedShare,
     Roster,
     RosterEntry,
     Shared,
     SignedAnswer,
     Survivors,
     Unmask,
+    join_shares,
 )
 from shared.secure_sum.messages import encode as encode_stage
 from shared.signing import SigningKey, seal
@@ -174,7 +173,6 @@ def test_the_longest_words_of_a_sum_of_256_devices_fit_into_a_message() -> None:
     dealt = [Dealt(to, bytes(80), bytes(32), bytes(32)) for to in range(MAX_ROSTER - 1)]
     consents = [Consent(place, bytes(64)) for place in range(MAX_ROSTER)]
     unmask = Unmask(Survivors(bytes(MAX_ROSTER // 8)), tuple(consents))
-    revealed = [RevealedShare(dealer, bytes(32)) for dealer in range(MAX_ROSTER)]
     about = {"run_id": "r" * 128, "session_id": "s" * 128}
 
     questions: list[tuple[RelayedStage, bytes]] = [
@@ -187,7 +185,7 @@ def test_the_longest_words_of_a_sum_of_256_devices_fit_into_a_message() -> None:
 
     answers: list[tuple[RelayedStage, bytes]] = [
         ("share", encode_stage(Shared(bytes(32), tuple(dealt)))),
-        ("reveal", encode_stage(Revealed(tuple(revealed))) + bytes(48)),  # sealed
+        ("reveal", join_shares({}, roster_size=MAX_ROSTER) + bytes(48)),  # sealed
     ]
     for stage, body in answers:
         signed = SignedAnswer(

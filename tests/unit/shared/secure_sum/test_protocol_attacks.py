@@ -46,9 +46,10 @@ from shared.secure_sum.messages import (
     Stage,
     Survivors,
     Unmask,
+    dealers_in,
     decode,
-    decode_revealed,
     encode,
+    share_in,
 )
 from shared.secure_sum.roster import SumRoster
 from shared.secure_sum.rules import bitmap_of, pair_sign, places_in
@@ -237,11 +238,11 @@ def shares_of(whole: WholeSum) -> dict[str, Counter[str]]:
         content = open_sealed_to(
             SERVER_KEY, said.answer.body, associated=roster.revealed_to_server(said.device_id)
         )
-        for share in decode_revealed(content).shares:
-            dealer = whole.ids[share.dealer]
+        for place in dealers_in(content, len(roster)):
+            dealer, share = whole.ids[place], share_in(content, place)
             for kind in ("seed", "key"):
                 commitment = commit_share(
-                    kind, share.share, roster.binding, dealer=dealer, receiver=said.device_id
+                    kind, share, roster.binding, dealer=dealer, receiver=said.device_id
                 )
                 if commitments.get((dealer, said.device_id, commitment)) == kind:
                     found.setdefault(dealer, Counter())[kind] += 1
