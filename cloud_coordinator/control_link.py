@@ -8,7 +8,7 @@ has stored it.
 import logging
 import random
 import uuid
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
@@ -35,6 +35,8 @@ from shared.signing import SigningKey
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Envelope], Awaitable[None]]
+
+_MOST_REMEMBERED = 100_000  # messages, some 20 MB; a device chooses how long its own are valid
 
 
 class ControlLink:
@@ -71,6 +73,7 @@ class ControlLink:
         self.refused: Counter[str] = Counter()  # by reason
         self._fleet, self._key, self._clock = fleet, key, clock
         self._devices = devices
+        self._taken = _Taken()
         self._handle = on_message
         self._after_connect = on_connect
         self._session = MqttSession(
@@ -137,8 +140,12 @@ class ControlLink:
             self._refuse("bad-message", topic, error)
         else:
             self.received[type(envelope.body).__name__] += 1
-            await self._handle(envelope)
-            if delivery_of(envelope.body).durable:
+            delivery = delivery_of(envelope.body)
+            # What is retained says how things are, and is true again after each reconnect.
+            if delivery.retain or self._taken.is_new(envelope, self._clock()):
+                await self._handle(envelope)
+                self._taken.add(envelope)
+            if delivery.durable:
                 await self.try_send(Ack((envelope.id,)), device=envelope.device)
 
     async def _open(self, topic: str, payload: bytes) -> Envelope:
@@ -176,3 +183,26 @@ class ControlLink:
             retain=delivery.retain,
             expiry_s=int((lifetime or delivery.expiry).total_seconds()),
         )
+
+
+class _Taken:
+    """Which messages were handled already, so that one that arrives twice has one effect.
+
+    An id is remembered until its message is expired, or too many others came after it. What must
+    have one effect over a restart, too, is stored by its handler under its id.
+    """
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[tuple[str, str], datetime] = OrderedDict()
+
+    def is_new(self, envelope: Envelope, now: datetime) -> bool:
+        """Say whether it was not handled yet, and forget what can come no more."""
+        while self._until and next(iter(self._until.values())) <= now:
+            self._until.popitem(last=False)
+        return (envelope.device, envelope.id) not in self._until
+
+    def add(self, envelope: Envelope) -> None:
+        """Remember a message that was handled."""
+        self._until[envelope.device, envelope.id] = envelope.expires_at
+        if len(self._until) > _MOST_REMEMBERED:
+            self._until.popitem(last=False)

@@ -31,8 +31,14 @@ from edge_agent.keeper_messages import (
 from edge_agent.privacy.sources import DataUse, Part
 from edge_agent.secure_sums import OpenSum, SecureSums
 from edge_agent.sum_keeper import PLACE_FILE
-from shared import errors
-from shared.errors import UnavailableError
+from shared.errors import (
+    ConfigError,
+    DataError,
+    PeerError,
+    PolicyError,
+    ShoalError,
+    UnavailableError,
+)
 from shared.files import make_folder
 from shared.secure_sum.config import decode_config
 from shared.secure_sum.masking import Lanes
@@ -42,6 +48,10 @@ T = TypeVar("T")
 _START_DEADLINE_S = 30.0
 _CALL_DEADLINE_S = 600.0  # masks of a large model among 256 devices take minutes on a small device
 _POLL_S = 0.05
+_ERRORS = {
+    error.__name__: error
+    for error in (ConfigError, DataError, PeerError, PolicyError, UnavailableError)
+}
 _started: dict[Path, subprocess.Popen[bytes]] = {}  # by this process
 
 
@@ -118,7 +128,7 @@ class KeptSums:
         with _connected(self._keeper, start=True) as connection:
             reply = _exchange(connection, call)
         if isinstance(reply, Failed):
-            raise getattr(errors, reply.kind)(reply.message)  # all but QuorumError, of rounds
+            raise _ERRORS.get(reply.kind, ShoalError)(reply.message)
         assert isinstance(reply, kind)
         return reply
 

@@ -42,7 +42,14 @@ from edge_agent.reply_guard import UndeclaredFieldError, check_reply
 from edge_agent.secure_messages import reply_with, sealed_config_in, stage_question_in
 from edge_agent.sum_access import Sums
 from edge_agent.training import DivergedError, Update, evaluate, train
-from shared.errors import ConfigError, DataError, PeerError, ShoalError, UnavailableError
+from shared.errors import (
+    ConfigError,
+    DataError,
+    PeerError,
+    ShoalError,
+    StoppedError,
+    UnavailableError,
+)
 from shared.messages import RelayedStage
 from shared.npy import read_vector
 from shared.parameters import Vector
@@ -191,7 +198,7 @@ class _Device:
                 return update()
             except DivergedError as error:  # to say no would tell of this device's data
                 logger.warning("%s; zeros go into the sum", error)
-            except ShoalError:
+            except (StoppedError, PeerError):  # of what was asked, not of the data
                 raise
             except Exception:  # so would a task whose code fails on what its rows make of a model
                 logger.exception("the task failed; zeros go into the sum")
@@ -222,7 +229,7 @@ class _Device:
         def sums_or_none() -> dict[str, float]:
             try:
                 return sums()
-            except ShoalError:
+            except PeerError:
                 raise
             except Exception:  # see `train`: to say no would tell of this device's data
                 logger.exception("the task failed; nothing was measured")

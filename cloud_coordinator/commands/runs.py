@@ -1,7 +1,7 @@
 """``shoal run``."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,12 +72,16 @@ def list_runs(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
     if as_json:
         print_json(answer)
         return
+    print_runs(answer, empty="no runs yet; 'shoal run start PLAN.toml' begins one")
+
+
+def print_runs(runs: Iterable[Mapping[str, Any]], *, empty: str) -> None:
+    """Print a line for each run, or what to do where there is none."""
     rows = [
         (run["run_id"], run["state"], moment(run["created_at"]), run["doing"] or run["cause"])
-        for run in answer
+        for run in runs
     ]
-    columns = ("run", "state", "started (UTC)", "now")
-    print_table(columns, rows, empty="no runs yet; 'shoal run start PLAN.toml' begins one")
+    print_table(("run", "state", "started (UTC)", "now"), rows, empty=empty)
 
 
 @runs.command("show")

@@ -9,13 +9,12 @@ import typer
 
 from cloud_coordinator.commands.client import DEFAULT_HOME, ApiClient, AsJson, Home
 from cloud_coordinator.commands.output import (
-    moment,
     people,
     print_facts,
     print_json,
     print_table,
 )
-from cloud_coordinator.commands.runs import start
+from cloud_coordinator.commands.runs import print_runs, start
 from shared.errors import ConfigError
 from shared.run_plan import read_plan
 
@@ -54,12 +53,7 @@ def list_statistics(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> No
     if as_json:
         print_json(runs)
         return
-    rows = [
-        (run["run_id"], run["state"], moment(run["created_at"]), run["doing"] or run["cause"])
-        for run in runs
-    ]
-    columns = ("run", "state", "started (UTC)", "now")
-    print_table(columns, rows, empty="nothing was asked yet; 'shoal stats start PLAN.toml' does")
+    print_runs(runs, empty="nothing was asked yet; 'shoal stats start PLAN.toml' does")
 
 
 @statistics.command("show")

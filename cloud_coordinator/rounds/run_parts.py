@@ -66,10 +66,11 @@ class RoundLife:
 def abandon_round(parts: RunParts, life: RoundLife, error: QuorumError) -> str:
     """Close a round without a result; return the cause, for people."""
     life.advance(RoundEvent.QUORUM_LOST)
+    # One whose vector arrived may have refused afterwards, and that is then the reason.
     lost = [
         f"{part.device_id}: {part.cause}"
         for part in life.participations
-        if part.outcome not in {"replied", "not-needed"}
+        if part.cause and part.outcome != "not-needed"
     ]
     lost = [life.cause, *lost] if life.cause else lost
     cause = f"{error} ({'; '.join(lost)})"[:_LONGEST_CAUSE] if lost else str(error)

@@ -13,6 +13,7 @@ from edge_agent.privacy.session_log import (
     check_round,
     check_unspent,
     end_orphans,
+    forget_old_sessions,
     known_session,
     note_round,
     note_survivors,
@@ -29,7 +30,7 @@ class SumRecords:
     """What one process writes down. Every method raises UnavailableError where the disk refuses."""
 
     def __init__(self, home: Path, *, now: Callable[[], datetime]) -> None:
-        """Open the home's database, and end what dead processes left open."""
+        """Open the home's database, end what dead processes left open, forget what is long over."""
         self._now = now
         self._store = PrivacyStore(home)
         try:
@@ -37,6 +38,7 @@ class SumRecords:
                 forget_dead_holders(home)
                 self._holder = Holder(home)
                 end_orphans(connection, lambda holder: is_alive(home, holder), now=now())
+                forget_old_sessions(connection, now=now())
         except BaseException:
             self._store.close()
             raise

@@ -7,7 +7,7 @@ vector is spent, paid for and on its way in one step.
 import sqlite3
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import msgspec
 
@@ -16,6 +16,8 @@ from edge_agent.privacy.sources import DataUse
 from shared.errors import PeerError, PolicyError
 from shared.secure_sum.config import SumConfig
 from shared.secure_sum.questions import SPENT
+
+_REMEMBERED = timedelta(days=30)  # longer than any session may last, see proposal.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,15 @@ def known_session(connection: sqlite3.Connection, session: bytes) -> KnownSessio
         (session,),
     ).fetchone()
     return None if row is None else KnownSession(SumState(row[0]), *row[1:])
+
+
+def forget_old_sessions(connection: sqlite3.Connection, *, now: datetime) -> None:
+    """Forget sessions that ended so long ago that their configuration is expired for certain."""
+    marks = ", ".join("?" * len(TERMINAL))
+    connection.execute(
+        f"DELETE FROM sessions WHERE state IN ({marks}) AND changed_at < ?",  # noqa: S608  # question marks alone
+        (*sorted(TERMINAL), (now - _REMEMBERED).timestamp()),
+    )
 
 
 def advance(

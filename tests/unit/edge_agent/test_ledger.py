@@ -1,5 +1,6 @@
 """What each data set gave away: accounts, arithmetic, and a disk that may fail."""
 
+import contextlib
 import itertools
 import os
 import sqlite3
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from edge_agent.privacy.ledger import Charge, book, check_affordable, curve_spent, reset
 from edge_agent.privacy.lifecycle import TERMINAL, TRANSITIONS, SumEvent, SumState, next_state
 from edge_agent.privacy.policy import OwnerPolicy
-from edge_agent.privacy.records import charge_for
+from edge_agent.privacy.records import SumRecords, charge_for
 from edge_agent.privacy.sources import DataUse, source_of
 from edge_agent.privacy.store import Holder, PrivacyStore, forget_dead_holders, is_alive
 from shared.errors import IllegalTransitionError, PolicyError, UnavailableError
@@ -321,3 +322,15 @@ def test_a_session_is_charged_once(store: PrivacyStore) -> None:
     with pytest.raises(sqlite3.IntegrityError):  # our own bug, and no damaged file
         pay(store, OwnerPolicy(epsilon=1000), charge)
     assert rows(store, "SELECT COUNT(*) FROM charges") == [(1,)]
+
+
+def test_sessions_that_are_long_over_are_forgotten_and_open_ones_are_not(tmp_path: Path) -> None:
+    ended, running = config_of(session=b"e" * 32), config_of(session=b"r" * 32)
+    with contextlib.closing(SumRecords(tmp_path, now=lambda: NOW)) as records:
+        for each in (ended, running):
+            records.open(each, bytes(32), TRAIN, OwnerPolicy(exact_sums=True))
+        records.end(ended.session, SumEvent.REFUSAL, "for a test")
+        later = NOW + timedelta(days=31)
+        with contextlib.closing(SumRecords(tmp_path, now=lambda: later)) as again:
+            assert again.known(ended.session) is None
+            assert again.known(running.session) is not None

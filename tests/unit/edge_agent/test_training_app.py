@@ -27,7 +27,7 @@ from edge_agent.secure_sums import SecureSums
 from edge_agent.sum_access import NoOwner
 from edge_agent.training import evaluate, train
 from edge_agent.training_app import app, build_client_app, device_seed, load_from_home
-from shared.errors import ConfigError, DataError, UnavailableError
+from shared.errors import DataError, StoppedError, UnavailableError
 from shared.messages import utc_now
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
@@ -359,17 +359,34 @@ def test_parameters_other_than_those_signed_for_are_refused(tmp_path: Path, home
         assert "the parameters that came with this sum" in failure_of(reply)
 
 
-def test_training_that_fails_is_a_signed_refusal_with_its_reason(
+def test_training_that_is_stopped_is_a_signed_refusal_with_its_reason(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverge(*_: object, **__: object) -> None:
-        raise ConfigError("training diverged; lower the rate")
+    def stop(*_: object, **__: object) -> None:
+        raise StoppedError("training was stopped")
 
-    monkeypatch.setattr(training_app, "train", diverge)
+    monkeypatch.setattr(training_app, "train", stop)
     trained, *_ = secure_replies(home, tmp_path, "min_cohort = 3\nexact_sums = true\n")
 
     answer = decode(cast("bytes", trained.content["sum"]["answer"]), SignedAnswer)
-    assert (answer.body, answer.refusal) == (b"", "training diverged; lower the rate")
+    assert (answer.body, answer.refusal) == (b"", "training was stopped")
+
+
+def test_what_a_task_says_about_its_rows_goes_no_further(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def quote(*_: object, **__: object) -> None:
+        raise DataError("row 3 is of Mrs Jones")
+
+    monkeypatch.setattr(training_app, "train", quote)
+    monkeypatch.setattr(training_app, "evaluate", quote)
+    trained, *others = secure_replies(home, tmp_path, "min_cohort = 3\nexact_sums = true\n")
+
+    answer = decode(cast("bytes", trained.content["sum"]["answer"]), SignedAnswer)
+    assert answer.body
+    assert answer.refusal == ""
+    assert "zeros go into the sum" in caplog.text
+    assert not any("Mrs Jones" in str(reply) for reply in (trained, *others))
 
 
 def test_training_that_diverges_goes_into_the_sum_as_zeros(
