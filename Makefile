@@ -2,6 +2,8 @@
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3.12),python3.11)
 VENV := .venv
 BIN := $(VENV)/bin
+# Two files at a time, each in one process: modules share servers that take seconds to start.
+PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadfile
 FASHION_MNIST := usr/share/datasets/fashion-mnist
 
 .PHONY: install data demo test test-all check format clean
@@ -27,10 +29,10 @@ demo: install data
 	$(BIN)/shoal-sim demo $(ARGS)
 
 test: install
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: install
-	$(BIN)/pytest -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .

@@ -15,7 +15,8 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from shared.errors import ConflictError, UnavailableError
+from edge_agent.sqlite_file import explained, is_empty
+from shared.errors import ConflictError
 from shared.files import make_folder
 
 _SCHEMA_VERSION = 1
@@ -92,30 +93,15 @@ class AgentState:
             )
 
     def _make_tables(self) -> None:
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > _SCHEMA_VERSION:
-            raise UnavailableError(
-                f"{self._path} was written by a newer shoal-agent; install that version again"
-            )
-        if version == 0:
+        if is_empty(self._connection, self._path, version=_SCHEMA_VERSION):
             self._connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
             # Daemon and `status` may both find it empty: the second waits, and changes nothing.
             self._connection.executescript(
                 f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
             )
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise UnavailableError(
-                f"cannot use {self._path}: {error}; free some disk space or check who may write it"
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise UnavailableError(
-                f"{self._path} is damaged ({error}); move it away, the agent makes a new one"
-            ) from error
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained(self._path, if_damaged="move it away, the agent makes a new one")
 
 
 @contextlib.contextmanager

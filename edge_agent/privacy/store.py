@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from shared.errors import UnavailableError
+from edge_agent.sqlite_file import explained, is_empty
 from shared.files import explained_disk_errors, make_folder, sync_directory
 
 STORE_FILE = "privacy.db"
@@ -179,31 +179,17 @@ class PrivacyStore:
             with _locked(self._path.with_suffix(".lock")):
                 self._connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
         with self.transaction() as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version > _SCHEMA_VERSION:
-                raise UnavailableError(
-                    f"{self._path} was written by a newer shoal-agent; install that version again"
-                )
-            if version == 0:
+            if is_empty(connection, self._path, version=_SCHEMA_VERSION):
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise UnavailableError(
-                f"cannot use {self._path}: {error}; free some disk space or check who may write it"
-            ) from error
-        except sqlite3.IntegrityError:
-            raise  # our own bug: let it surface
-        except sqlite3.DatabaseError as error:
-            raise UnavailableError(
-                f"{self._path} is damaged ({error}); restore it from a backup, since without it "
-                "nobody knows what these data have given away"
-            ) from error
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained(
+            self._path,
+            if_damaged="restore it from a backup, since without it nobody knows what these data "
+            "have given away",
+        )
 
 
 class Holder:

@@ -282,7 +282,7 @@ def test_a_fleet_key_that_was_learned_elsewhere_is_pinned(
     assert list(enrolled.fleet_keys) == [wanted]
 
 
-@pytest.mark.parametrize("named", [str(SigningKey.generate().public), ""])
+@pytest.mark.parametrize("named", [str(SigningKey.generate().public), ""], ids=["other", "none"])
 def test_another_fleet_key_than_the_one_learned_elsewhere_leaves_nothing_enrolled(
     coordinator: SmallCoordinator, url: str, tmp_path: Path, named: str
 ) -> None:
