@@ -132,7 +132,7 @@ class _Demo:
         self.console.print(
             f"[green]✓[/] {len(self.names)} agents are enrolled ({len(fresh)} of them now), "
             "each with its own data and its owner's policy:\n"
-            f"  min_cohort = {MIN_COHORT}    this device is in no sum of fewer devices\n"
+            f"  min_cohort = {MIN_COHORT}     this device is in no sum of fewer devices\n"
             "  exact_sums = true  sums without noise are allowed, and counted"
         )
 
