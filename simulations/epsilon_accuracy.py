@@ -41,6 +41,7 @@ DELTA = 1e-6
 ROUNDS = 20
 MULTIPLIERS = (16.0, 8.0, 4.0, 2.0, 1.0)
 CLIP_NORM = 0.5
+IMAGES = 60_000  # in all
 _PROCESSES = 2
 
 
@@ -110,16 +111,18 @@ def draw(points: Sequence[Point], path: Path) -> None:
             [p.epsilon for p in noised],
             [100 * p.accuracy for p in noised],
             marker="o",
-            label=f"{devices:,} devices",
+            label=f"{devices:,} devices of {IMAGES // devices} images",
         )
         for plain in (p for p in points if p.devices == devices and not p.noise_multiplier):
             axes.axhline(
                 100 * plain.accuracy,
                 color=line.get_color(),
                 linestyle=":",
-                label=f"{devices:,} devices, no noise",
+                label="the same, no noise",
             )
     axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
+    axes.minorticks_off()
     axes.set_xlabel(
         f"ε of a device in all {ROUNDS} rounds (δ = {DELTA:g}; smaller is more private)"
     )
