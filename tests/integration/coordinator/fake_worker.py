@@ -63,6 +63,7 @@ class Worker:
         self.start = start
         self.blobs = BlobStore(Path(start.blobs))
         self.joined: set[str] = set()
+        self.awaited: set[str] = set()  # who was asked in this round, and has not left since
         self.replies: list[str] = []
         self.signed: tuple[bytes, ...] = ()
         self.answers: dict[str, bytes] = {}
@@ -89,13 +90,14 @@ class Worker:
     def one_round(self, number: int) -> None:
         self.await_devices()
         cohort = tuple(sorted(self.joined))
+        self.awaited = set(cohort)
         self.link.send(
             RoundStarted(round_number=number, cohort=cohort, deadline_at=self.now() + DEADLINE)
         )
         self.link.send(NudgeDevices(cohort))
         if self.take(f"crash-{number}"):
             os._exit(3)
-        while self.asked(f"hold-{number}") or len(self.replies) < len(self.joined):
+        while self.asked(f"hold-{number}") or len(self.replies) < len(self.awaited):
             self.read(POLL_S)
         self.replies.clear()
         if self.take("sum"):
@@ -185,6 +187,7 @@ class Worker:
                 self.answers[device_id] = answer
             case DeviceLeft(device_id=device_id):
                 self.joined.discard(device_id)
+                self.awaited.discard(device_id)
             case ReplyWaits(message_id=message_id):
                 self.replies.append(message_id)
             case RoundSaved(round_number=number):
