@@ -36,6 +36,7 @@ from cloud_coordinator.devices.service import DeviceService
 from cloud_coordinator.flower.superlink import SuperLink
 from cloud_coordinator.keys import FLEET_KEY_BESIDE, FLEET_KEY_FILE, Keys, load_keys
 from cloud_coordinator.models import api as models_api
+from cloud_coordinator.models.catalogue import Catalogue
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.rollouts import api as rollouts_api
 from cloud_coordinator.rollouts.service import RolloutService
@@ -198,6 +199,7 @@ class Coordinator:
         state.devices, state.enrolment = self.devices, self.enrolment
         state.membership = self.membership
         state.runs, state.rollouts, state.models = self.runs, self.rollouts, self.models
+        state.catalogue = Catalogue(self.database)
         state.link, state.supervisors = self.link, self.supervisors
         state.seal_reply = self._seal_reply
         for api in (health, devices_api, membership_api, runs_api, rollouts_api, models_api):

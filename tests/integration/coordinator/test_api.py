@@ -36,6 +36,10 @@ ADMIN_ROUTES = [
     ("POST", "/v1/runs/x/stop"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/x"),
+    ("GET", "/v1/models/x/card"),
+    ("GET", "/v1/models/x/compare/y"),
+    ("GET", "/v1/models/x/notes"),
+    ("POST", "/v1/models/x/notes"),
     ("POST", "/v1/models/x/deploy"),
 ]
 
@@ -110,6 +114,13 @@ async def test_an_enrolment_reply_holds_all_that_a_device_must_know(tmp_path: Pa
             "unknown key 'ruonds' at the top; did you mean 'rounds'",
         ),
         ("/v1/runs/nothing/stop", b"", 404, "there is no run 'nothing'; 'shoal run list'"),
+        (
+            "/v1/models/nothing/notes",
+            b'{"author": "a", "text": "b"}',
+            404,
+            "there is no model version 'nothing'; 'shoal model list'",
+        ),
+        ("/v1/models/nothing/notes", b'{"author": "a", "text": ""}', 400, "body.text: .*change it"),
         ("/v1/models/nothing/deploy", b"", 404, "no run made a model version 'nothing'"),
         ("/v1/elsewhere", b"", 404, "Not Found"),
     ],

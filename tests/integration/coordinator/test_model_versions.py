@@ -19,6 +19,7 @@ from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database
 from cloud_coordinator.migrations.tables import METADATA
 from cloud_coordinator.models.api import router
+from cloud_coordinator.models.catalogue import Catalogue
 from cloud_coordinator.models.lifecycle import VersionState
 from cloud_coordinator.models.pipeline_child import run_pipeline
 from cloud_coordinator.models.pipeline_messages import BuildVersion
@@ -386,6 +387,7 @@ async def api(registry: Registry) -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
     app.include_router(router)
     app.state.models = registry.service
+    app.state.catalogue = Catalogue(registry.database)
     app.state.devices = OneDevice()
     app.state.admin_token = "admin-token"
     app.state.clock = lambda: NOW
