@@ -62,7 +62,7 @@ from shared.errors import (
     UnfitModelError,
 )
 from shared.files import make_folder
-from shared.messages import Envelope, Hello, utc_now
+from shared.messages import Envelope, Health, Hello, Reported, utc_now
 from shared.secure_sum.config import CONFIG_PAYLOAD_TYPE
 from shared.signing import seal
 
@@ -147,9 +147,7 @@ class Coordinator:
             rng=rng,
             ca_pem=self.broker_plan.ca_pem,
         )
-        self.rollouts = RolloutService(
-            self.database, self.devices, self.models, self.link, clock=utc_now
-        )
+        self.rollouts = RolloutService(self.database, self.models, self.link, clock=utc_now)
         self.records = RunRecords(self.database, clock=utc_now)
         self.runs = RunService(
             self.database,
@@ -186,6 +184,7 @@ class Coordinator:
                 await jobs.enter_async_context(_job(group, "control-link", self.link.run()))
                 jobs.push_async_callback(self.link.say_goodbye, _RESTART_WINDOW_S)
                 await jobs.enter_async_context(_job(group, "housekeeping", self._keep_house()))
+                await jobs.enter_async_context(_job(group, "rollouts", self.rollouts.run()))
                 await jobs.enter_async_context(_job(group, "runs", self.runs.run()))
                 yield
         finally:
@@ -250,8 +249,11 @@ class Coordinator:
         if await self.devices.hear(envelope):
             device = await self.devices.device(envelope.device)
             if isinstance(envelope.body, Hello):
-                await self.rollouts.converge(device)
+                await self.rollouts.converge(device.device_id)
             self.runs.see(device)
+            self.rollouts.see()
+        if isinstance(envelope.body, Reported | Health):
+            self.rollouts.see()
 
     async def _greet(self) -> None:
         """After each connect: the broker may have forgotten what was retained."""

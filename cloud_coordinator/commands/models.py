@@ -1,4 +1,4 @@
-"""``shoal model`` and ``shoal rollout``."""
+"""``shoal model``."""
 
 import getpass
 from typing import Annotated, Any
@@ -14,7 +14,6 @@ from shared.logs import visible
 models = typer.Typer(help="Model versions.", no_args_is_help=True)
 NO_VERSIONS = "no model versions yet; a finished run makes one"
 NONE_FITS = "no model version fits"
-rollouts = typer.Typer(help="Which version devices should serve.", no_args_is_help=True)
 
 
 @models.command("list")
@@ -53,7 +52,7 @@ def list_models(
 def show_model(version: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
     """Show one version with every variant; VERSION may be the first characters of its digest."""
     client = ApiClient(home)
-    model = client.get(f"/v1/models/{_full_version(client, version)}")
+    model = client.get(f"/v1/models/{full_version(client, version)}")
     if as_json:
         print_json(model)
         return
@@ -86,7 +85,7 @@ def note_model(
     """Add a note to a version; notes are never changed."""
     client = ApiClient(home)
     note = {"author": author or getpass.getuser(), "text": text}
-    full = _full_version(client, version)
+    full = full_version(client, version)
     client.post(f"/v1/models/{full}/notes", note)
     typer.echo(f"noted about {digest(full)}")
 
@@ -95,7 +94,7 @@ def note_model(
 def show_card(version: str, home: Home = DEFAULT_HOME) -> None:
     """Print a version's model card, in Markdown."""
     client = ApiClient(home)
-    typer.echo(client.get_text(f"/v1/models/{_full_version(client, version)}/card"), nl=False)
+    typer.echo(client.get_text(f"/v1/models/{full_version(client, version)}/card"), nl=False)
 
 
 @models.command("compare")
@@ -104,7 +103,7 @@ def compare_models(
 ) -> None:
     """Show two versions side by side: figures, and where their plans differ."""
     client = ApiClient(home)
-    one, other = _full_version(client, first), _full_version(client, second)
+    one, other = full_version(client, first), full_version(client, second)
     answer = client.get(f"/v1/models/{one}/compare/{other}")
     if as_json:
         print_json(answer)
@@ -115,21 +114,7 @@ def compare_models(
     print_table(("", digest(one), digest(other)), rows, empty="")
 
 
-@rollouts.command("start")
-def start_rollout(version: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
-    """Let all devices with data for the version's task serve it, now and later."""
-    client = ApiClient(home)
-    answer = client.post(f"/v1/models/{_full_version(client, version)}/deploy")
-    if as_json:
-        print_json(answer)
-        return
-    typer.echo(
-        f"{digest(answer['version'])} goes to {answer['devices']} devices with data for "
-        f"{answer['task']}; 'shoal device list' shows what they serve"
-    )
-
-
-def _full_version(client: ApiClient, start: str) -> str:
+def full_version(client: ApiClient, start: str) -> str:
     """Complete the first characters of a version.
 
     Raises:

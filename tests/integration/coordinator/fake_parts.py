@@ -15,7 +15,7 @@ from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database
 from cloud_coordinator.keys import Keys
 from cloud_coordinator.models.service import ModelService
-from cloud_coordinator.models.tables import ModelVersionRow
+from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from cloud_coordinator.serve import run_service
 from cloud_coordinator.settings import Settings, load_settings
 from shared.child import Child
@@ -23,6 +23,7 @@ from shared.errors import ShoalError, UnfitModelError
 from shared.logs import configure_logging
 from shared.messages import utc_now
 from shared.run_plan import RunPlan
+from tests.integration.coordinator.artifacts import artifact_of
 
 _WAIT_FOR_PARENT = "import sys; sys.stdin.read()"
 
@@ -77,6 +78,7 @@ class FakeModels(ModelService):
         if plan.name == "unfit":
             raise UnfitModelError("the exported model computes something else")
         version = hashlib.sha256(run_id.encode()).hexdigest()
+        artifact = self._blobs.put(artifact_of(version))
         with self._database.transaction() as session:
             session.merge(
                 ModelVersionRow(
@@ -89,6 +91,16 @@ class FakeModels(ModelService):
                     parameters_sha256=parameters_sha256,
                     parent=parent,
                     sealed=b"sealed",
+                    variants=[
+                        VariantRow(
+                            variant="fp32",
+                            position=0,
+                            shipped=True,
+                            passed=True,
+                            sha256=artifact,
+                            session_config={},
+                        )
+                    ],
                 )
             )
         return version

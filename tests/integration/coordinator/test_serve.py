@@ -115,7 +115,7 @@ async def test_an_operator_starts_and_watches_a_run(served: Served, tmp_path: Pa
     device = await FakeDevice.enrol(served.url, served.token, "camera-1")
     file = tmp_path / "plan.toml"
     file.write_text(
-        'name = "nightly"\nrounds = 2\n[task]\nname = "digits"\nuses = "u"\n'
+        'name = "nightly"\nrounds = 2\ndeploy = false\n[task]\nname = "digits"\nuses = "u"\n'
         '[privacy]\nmode = "plain"\n'
     )
     async with device.online():
@@ -137,7 +137,8 @@ async def test_an_operator_starts_and_watches_a_run(served: Served, tmp_path: Pa
         ("model", "list", "--state", "rejected"): "no model version fits",
         ("model", "card", run["model_version"][:8]): "for \\| the spring",
         ("model", "compare", run["model_version"][:8], run["model_version"][:9]): "rounds",
-        ("rollout", "start", run["model_version"][:8]): "goes to 1 devices",
+        ("rollout", "start", run["model_version"][:8]): "completed, wave 1 of 1",
+        ("rollout", "list"): "completed",
     }.items():
         status, out, err = await shoal(*command, *home)
         assert (status, err) == (0, "")
