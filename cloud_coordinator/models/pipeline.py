@@ -103,18 +103,19 @@ def build(order: BuildVersion, *, say: Say, clock: Callable[[], float]) -> Built
     reports = _time(list(candidates.values()), inputs[:1], clock)
     try:
         ship = choose(reports)
-        shipped = candidates[ship].session
-        assert shipped is not None  # what passed has run
-        golden = _golden(trained, shipped, order.seed + 1)
+        golden = _draw_golden(trained, order.seed + 1)
     except UnfitModelError as error:
         return BuildFailed(cause=str(error), rejected=True, variants=reports)
+    reports = tuple(_with_tolerance(candidates[r.variant], r, golden) for r in reports)
+    shipped = next(report for report in reports if report.variant == ship)
+    assert shipped.tolerance is not None  # what passed has run
     return Built(
         variants=reports,
         ship=ship,
         inputs=(task.input,),
         outputs=(task.output,),
         labels=task.labels,
-        golden=golden,
+        golden=golden.batch(shipped.tolerance),
     )
 
 
@@ -177,28 +178,47 @@ def _time(
     )
 
 
-def _golden(trained: TrainedModel, shipped: InferenceSession, seed: int) -> GoldenBatch:
-    """Draw the batch of the self-test; its outputs are torch's.
+@dataclass(frozen=True, slots=True)
+class _Golden:
+    """The batch of the self-test; its outputs are torch's."""
 
-    The tolerance is twice what the shipped variant is off here, and a thousandth of the outputs'
-    spread besides for processors that sum in another order.
-    """
+    inputs: Outputs
+    truth: Outputs
+
+    def tolerance(self, session: InferenceSession) -> float:
+        """Return what one variant is allowed: twice what it is off here.
+
+        A thousandth of the outputs' spread comes on top, for processors that sum in another order.
+        """
+        off = compare(run(session, self.inputs), self.truth, classes=False).max_difference
+        return 2 * off + 1e-3 * spread(self.truth)
+
+    def batch(self, tolerance: float) -> GoldenBatch:
+        """Return it as a manifest holds it."""
+        return GoldenBatch(
+            inputs=self.inputs.astype("<f4").tobytes(),
+            outputs=self.truth.astype("<f4").tobytes(),
+            rows=len(self.inputs),
+            tolerance=tolerance,
+        )
+
+
+def _draw_golden(trained: TrainedModel, seed: int) -> _Golden:
+    """Draw the batch; raise UnfitModelError where a signed manifest cannot hold even one row."""
     task = trained.task
     if _row_bytes(task) > _LARGEST_GOLDEN_ROW_BYTES:
         raise UnfitModelError(
             f"one input takes {_row_bytes(task)} bytes, more than the "
             f"{_LARGEST_GOLDEN_ROW_BYTES} that a signed self-test can hold; use smaller inputs"
         )
-    rows = max(1, min(_GOLDEN_ROWS, _GOLDEN_BYTES // _row_bytes(task)))
-    inputs = _draw(task, seed, rows)
-    truth = trained.outputs(inputs)
-    off = compare(run(shipped, inputs), truth, classes=False).max_difference
-    return GoldenBatch(
-        inputs=inputs.astype("<f4").tobytes(),
-        outputs=truth.astype("<f4").tobytes(),
-        rows=rows,
-        tolerance=2 * off + 1e-3 * spread(truth),
-    )
+    inputs = _draw(task, seed, max(1, min(_GOLDEN_ROWS, _GOLDEN_BYTES // _row_bytes(task))))
+    return _Golden(inputs, trained.outputs(inputs))
+
+
+def _with_tolerance(candidate: _Candidate, report: VariantReport, golden: _Golden) -> VariantReport:
+    if candidate.session is None or not report.passed:
+        return report
+    return msgspec.structs.replace(report, tolerance=golden.tolerance(candidate.session))
 
 
 def _draw(task: Task, seed: int, rows: int) -> Outputs:

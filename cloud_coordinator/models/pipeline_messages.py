@@ -33,6 +33,8 @@ class VariantReport(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
     size_bytes: int = 0
     session_config: dict[str, str] = msgspec.field(default_factory=dict)
+    needs: tuple[str, ...] = ()  # what a processor must have, as in the manifest
+    tolerance: float | None = None  # on the golden batch, in units of the output
     latency_p50_us: float | None = None  # one row, one thread, all variants taking turns
     max_difference: float | None = None  # from torch's outputs, in units of the output
     relative_error: float | None = None  # root mean square error over the outputs' spread

@@ -1,8 +1,9 @@
 """From a run's last parameters to a signed version, and everything that is asked about versions.
 
-The heavy work is done by the pipeline child; this module imports neither torch nor onnx. A crash
-anywhere before the one transaction that signs a version leaves its row a candidate and perhaps
-some orphaned blobs: building again is all there is to do, and building what is built does nothing.
+The heavy work is done by the pipeline child; this module imports neither torch nor onnx. A version
+is built in one transaction and signed in another, perhaps much later. A crash before the first
+leaves its row a candidate and perhaps some orphaned blobs: building again is all there is to do.
+What is built is not built again, and what is signed keeps its name.
 """
 
 import asyncio
@@ -72,7 +73,28 @@ class ModelService:
         parent: str | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> str:
-        """Make the signed version of a finished run; safe to call again after any crash.
+        """Build and sign the version of a finished run: `build`, then `sign`; returns its name."""
+        await self.build(
+            run_id=run_id,
+            plan=plan,
+            parameters_sha256=parameters_sha256,
+            rounds=rounds,
+            parent=parent,
+            say=say,
+        )
+        return await self.sign(run_id, plan)
+
+    async def build(
+        self,
+        *,
+        run_id: str,
+        plan: RunPlan,
+        parameters_sha256: str,
+        rounds: int,
+        parent: str | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Make and measure the variants of a finished run; safe to call again after any crash.
 
         Args:
             run_id: the run; it has one version at most.
@@ -81,9 +103,6 @@ class ModelService:
             rounds: how many rounds it committed.
             parent: the version that it started from.
             say: told what happens now, for people.
-
-        Returns:
-            The version: the digest of its manifest.
 
         Raises:
             UnfitModelError: these parameters can become no version; it is rejected for good.
@@ -106,9 +125,21 @@ class ModelService:
             )
             if row.state == VersionState.REJECTED:
                 raise UnfitModelError(row.cause)
-            if row.version is not None:
-                return row.version
-            return await self._build(row, plan, say)
+            if row.state == VersionState.CANDIDATE:
+                await self._build(row, plan, say)
+
+    async def sign(self, run_id: str, plan: RunPlan) -> str:
+        """Sign what was built of a run; called again it returns the same name.
+
+        Returns:
+            The version: the digest of its manifest.
+
+        Raises:
+            NotFoundError: nothing was built of this run.
+            IllegalTransitionError: what was built may not be signed.
+            ConflictError: somebody else moved it meanwhile.
+        """
+        return await asyncio.to_thread(self._sign, run_id, plan)
 
     def versions(self) -> list[ModelVersionRow]:
         """Return all versions, the newest first, with their variants."""
@@ -175,7 +206,11 @@ class ModelService:
         kept: dict[str, int] = {}
         blobs: set[str] = set()
         for row in self.versions():
-            needed = row.state in {VersionState.CANDIDATE, VersionState.CURRENT}
+            needed = row.state in {
+                VersionState.CANDIDATE,
+                VersionState.COMPRESSED,
+                VersionState.CURRENT,
+            }
             if row.version is not None and kept.setdefault(row.model, 0) < last:
                 kept[row.model] += 1
                 needed = True
@@ -184,7 +219,7 @@ class ModelService:
                 blobs.update(v.sha256 for v in row.variants if v.sha256 is not None)
         return blobs
 
-    async def _build(self, row: ModelVersionRow, plan: RunPlan, say: Callable[[str], None]) -> str:
+    async def _build(self, row: ModelVersionRow, plan: RunPlan, say: Callable[[str], None]) -> None:
         parameters = self._blobs.path_of(row.parameters_sha256)
         await asyncio.to_thread(self._verify, parameters, row.parameters_sha256)
         try:
@@ -197,7 +232,8 @@ class ModelService:
             )
             result = await run_pipeline(order, log_path=self._log_path, say=say)
             if isinstance(result, Built):
-                return await asyncio.to_thread(self._publish, row, plan, result)
+                await asyncio.to_thread(self._store, row, result)
+                return
         finally:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
         if not result.rejected:
@@ -213,23 +249,33 @@ class ModelService:
                 session.add(fresh)
             return row or fresh
 
-    def _publish(self, row: ModelVersionRow, plan: RunPlan, built: Built) -> str:
-        """Store the files, then sign and record in one transaction."""
+    def _store(self, row: ModelVersionRow, built: Built) -> None:
+        """Store the files, then record all that was built in one transaction."""
         for report in built.variants:
             if report.passed:
-                self._store(report)
-        signed = sign_manifest(_manifest(row, plan, built, now=self._clock()), self._key)
+                self._store_file(report)
         with self._database.transaction() as session:
+            content = msgspec.json.encode(built)
+            _move(session, row, VersionEvent.VARIANTS_BUILT, built=content)
+            session.add_all(_variant_rows(row.run_id, built.variants, ship=built.ship))
+
+    def _sign(self, run_id: str, plan: RunPlan) -> str:
+        with self._database.transaction() as session:
+            row = session.get(ModelVersionRow, run_id)
+            if row is None or row.built is None:
+                raise NotFoundError(f"no model version was built of run {run_id!r}")
+            if row.version is not None:
+                return row.version
+            built = msgspec.json.decode(row.built, type=Built)
+            signed = sign_manifest(_manifest(row, plan, built, now=self._clock()), self._key)
             _move(
                 session,
                 row,
-                VersionEvent.VARIANTS_BUILT,
                 VersionEvent.MANIFEST_SIGNED,
                 version=signed.version,
                 sealed=signed.sealed,
                 signed_at=signed.manifest.created_at,
             )
-            session.add_all(_variant_rows(row.run_id, built.variants, ship=built.ship))
         _log_signed(signed, built)
         return signed.version
 
@@ -239,7 +285,7 @@ class ModelService:
             session.add_all(_variant_rows(row.run_id, failed.variants, ship=None))
         logger.warning("model version of run %s rejected: %s", row.run_id, failed.cause)
 
-    def _store(self, report: VariantReport) -> None:
+    def _store_file(self, report: VariantReport) -> None:
         if self._blobs.put_file(self._folder / report.file) != report.sha256:
             raise UntrustedModelError(
                 f"{report.file} is not the file that was checked; look who else writes to "
@@ -271,11 +317,9 @@ def _by_digest(session: Session, version: str) -> ModelVersionRow:
     return row
 
 
-def _move(session: Session, row: ModelVersionRow, *events: VersionEvent, **values: object) -> None:
-    """Take a version through ``events`` by one compare-and-set, with new ``values`` besides."""
-    state = VersionState(row.state)
-    for event in events:
-        state = next_state(state, event)
+def _move(session: Session, row: ModelVersionRow, event: VersionEvent, **values: object) -> None:
+    """Take a version through ``event`` by one compare-and-set, with new ``values`` besides."""
+    state = next_state(VersionState(row.state), event)
     change = (
         update(ModelVersionRow)
         .where(ModelVersionRow.run_id == row.run_id, ModelVersionRow.state == row.state)
@@ -292,6 +336,8 @@ def _manifest(row: ModelVersionRow, plan: RunPlan, built: Built, *, now: datetim
             sha256=report.sha256,
             size_bytes=report.size_bytes,
             session_config=report.session_config,
+            tolerance=report.tolerance,
+            needs=report.needs,
         )
         for report in built.variants
         if report.passed
@@ -324,7 +370,12 @@ def _variant_rows(
     rows = []
     for position, report in enumerate(reports):
         figures = msgspec.structs.asdict(report)
-        del figures["file"]
+        for name in (
+            "file",
+            "tolerance",
+            "needs",
+        ):  # the first is gone, the manifest has the others
+            del figures[name]
         if not report.passed:
             figures["sha256"] = None  # nobody may download it
         rows.append(

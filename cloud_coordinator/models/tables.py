@@ -25,6 +25,7 @@ class ModelVersionRow(Base):
     rounds: Mapped[int]
     parameters_sha256: Mapped[str] = mapped_column(String(64))
     parent: Mapped[str | None] = mapped_column(String(64), default=None)
+    built: Mapped[bytes | None] = mapped_column(default=None)  # JSON of what a manifest will say
     sealed: Mapped[bytes | None] = mapped_column(default=None)  # the signed manifest
 
     variants: Mapped[list["VariantRow"]] = relationship(

@@ -132,6 +132,23 @@ def test_the_golden_batch_is_torchs_and_the_shipped_variant_meets_it(
     assert golden.tolerance < 0.1 * outputs.std()
 
 
+def test_every_variant_that_passed_has_a_tolerance_of_its_own(built: tuple[Path, Built]) -> None:
+    folder, result = built
+    inputs = np.frombuffer(result.golden.inputs, "<f4").reshape(result.golden.rows, 2)
+    wanted = np.frombuffer(result.golden.outputs, "<f4").reshape(result.golden.rows, 3)
+    allowed = {r.variant: r.tolerance for r in result.variants if r.passed}
+    for report in result.variants:
+        assert (report.tolerance is not None) == report.passed
+        if report.tolerance is not None:
+            session = open_session((folder / report.file).read_bytes(), report.session_config)
+            (served,) = session.run(None, {result.inputs[0].name: inputs})
+            assert np.abs(np.asarray(served) - wanted).max() <= report.tolerance
+    assert allowed["fp32"] is not None
+    assert allowed["int8-weights"] is not None
+    assert allowed["fp32"] < allowed["int8-weights"]
+    assert allowed[result.ship] == result.golden.tolerance
+
+
 def test_labels_and_signature_are_the_tasks(built: tuple[Path, Built]) -> None:
     _, result = built
     task = load_task(SPEC)

@@ -1,0 +1,23 @@
+"""What was built of a version before it is signed.
+
+Revision: 0005
+After: 0004
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Bring the schema to this revision."""
+    op.add_column("model_versions", sa.Column("built", sa.LargeBinary(), nullable=True))
+
+
+def downgrade() -> None:
+    """Go back to the revision before."""
+    op.drop_column("model_versions", "built")
