@@ -7,9 +7,10 @@ What is built is not built again, and what is signed keeps its name.
 """
 
 import asyncio
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -26,16 +27,28 @@ from cloud_coordinator.models.pipeline_messages import (
     BuildFailed,
     BuildVersion,
     Built,
+    Calibration,
+    MakeProbe,
+    ProbeMade,
+    Result,
+    ToPipeline,
     VariantReport,
 )
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
-from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
+from shared.errors import (
+    NotFoundError,
+    ShoalError,
+    UnavailableError,
+    UnfitModelError,
+    UntrustedModelError,
+)
 from shared.files import sha256_of
 from shared.manifest import Artifact, Lineage, Manifest
 from shared.messages import utc_now
 from shared.run_plan import RunPlan
 from shared.signed_manifest import SignedManifest, sign_manifest
 from shared.signing import SigningKey
+from shared.statistics.probes import Probe
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +105,7 @@ class ModelService:
         parameters_sha256: str,
         rounds: int,
         parent: str | None = None,
+        calibration: Calibration | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Make and measure the variants of a finished run; safe to call again after any crash.
@@ -102,6 +116,7 @@ class ModelService:
             parameters_sha256: blob of its last committed parameters.
             rounds: how many rounds it committed.
             parent: the version that it started from.
+            calibration: ranges that devices measured; None: no static int8.
             say: told what happens now, for people.
 
         Raises:
@@ -126,7 +141,7 @@ class ModelService:
             if row.state == VersionState.REJECTED:
                 raise UnfitModelError(row.cause)
             if row.state == VersionState.CANDIDATE:
-                await self._build(row, plan, say)
+                await self._build(row, plan, calibration, say)
 
     async def sign(self, run_id: str, plan: RunPlan) -> str:
         """Sign what was built of a run; called again it returns the same name.
@@ -219,27 +234,67 @@ class ModelService:
                 blobs.update(v.sha256 for v in row.variants if v.sha256 is not None)
         return blobs
 
-    async def _build(self, row: ModelVersionRow, plan: RunPlan, say: Callable[[str], None]) -> None:
-        parameters = self._blobs.path_of(row.parameters_sha256)
-        await asyncio.to_thread(self._verify, parameters, row.parameters_sha256)
-        try:
-            await asyncio.to_thread(_make_empty, self._folder)
-            order = BuildVersion(
+    async def make_probe(
+        self, *, plan: RunPlan, parameters_sha256: str, say: Callable[[str], None]
+    ) -> Probe:
+        """Return what devices are asked for static int8; the file that it names becomes a blob.
+
+        Raises as `build`, and changes no version.
+        """
+        async with self._one_at_a_time:
+            parameters = await self._verified_blob(parameters_sha256)
+            order = MakeProbe(
                 task=plan.task,
                 parameters_path=str(parameters),
                 folder=str(self._folder),
                 seed=plan.seed,
             )
-            result = await run_pipeline(order, log_path=self._log_path, say=say)
+            async with self._child(order, say) as result:
+                if isinstance(result, ProbeMade):
+                    await asyncio.to_thread(
+                        self._store_file, result.file, result.probe.model_sha256
+                    )
+                    return result.probe
+        assert isinstance(result, BuildFailed)
+        raise _error_of(result)
+
+    async def _build(
+        self,
+        row: ModelVersionRow,
+        plan: RunPlan,
+        calibration: Calibration | None,
+        say: Callable[[str], None],
+    ) -> None:
+        parameters = await self._verified_blob(row.parameters_sha256)
+        order = BuildVersion(
+            task=plan.task,
+            parameters_path=str(parameters),
+            folder=str(self._folder),
+            seed=plan.seed,
+            calibration=calibration,
+        )
+        async with self._child(order, say) as result:
             if isinstance(result, Built):
                 await asyncio.to_thread(self._store, row, result)
                 return
+        assert isinstance(result, BuildFailed)
+        if result.rejected:
+            await asyncio.to_thread(self._reject, row, result)
+        raise _error_of(result)
+
+    async def _verified_blob(self, sha256: str) -> Path:
+        path = self._blobs.path_of(sha256)
+        await asyncio.to_thread(self._verify, path, sha256)
+        return path
+
+    @contextlib.asynccontextmanager
+    async def _child(self, order: ToPipeline, say: Callable[[str], None]) -> AsyncIterator[Result]:
+        """Have a child work in an empty folder, which is there as long as the context."""
+        try:
+            await asyncio.to_thread(_make_empty, self._folder)
+            yield await run_pipeline(order, log_path=self._log_path, say=say)
         finally:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
-        if not result.rejected:
-            raise UnavailableError(result.cause)
-        await asyncio.to_thread(self._reject, row, result)
-        raise UnfitModelError(result.cause)
 
     def _candidate(self, fresh: ModelVersionRow) -> ModelVersionRow:
         """Return the run's version row, which is ``fresh`` where there was none."""
@@ -253,7 +308,7 @@ class ModelService:
         """Store the files, then record all that was built in one transaction."""
         for report in built.variants:
             if report.passed:
-                self._store_file(report)
+                self._store_file(report.file, report.sha256)
         with self._database.transaction() as session:
             content = msgspec.json.encode(built)
             _move(session, row, VersionEvent.VARIANTS_BUILT, built=content)
@@ -285,10 +340,10 @@ class ModelService:
             session.add_all(_variant_rows(row.run_id, failed.variants, ship=None))
         logger.warning("model version of run %s rejected: %s", row.run_id, failed.cause)
 
-    def _store_file(self, report: VariantReport) -> None:
-        if self._blobs.put_file(self._folder / report.file) != report.sha256:
+    def _store_file(self, name: str, sha256: str) -> None:
+        if self._blobs.put_file(self._folder / name) != sha256:
             raise UntrustedModelError(
-                f"{report.file} is not the file that was checked; look who else writes to "
+                f"{name} is not the file that was checked; look who else writes to "
                 f"{self._folder}, then try again"
             )
 
@@ -382,6 +437,11 @@ def _variant_rows(
             VariantRow(run_id=run_id, position=position, shipped=report.variant == ship, **figures)
         )
     return rows
+
+
+def _error_of(failed: BuildFailed) -> ShoalError:
+    """Return what to raise: what these parameters cannot be, or what may be mended."""
+    return (UnfitModelError if failed.rejected else UnavailableError)(failed.cause)
 
 
 def _make_empty(folder: Path) -> None:

@@ -451,7 +451,7 @@ async def test_the_listing_shows_every_variant_with_its_figures(
     assert shown["version"] == registry.version
     assert shown["state"] == "signed"
     names = [variant["variant"] for variant in shown["variants"]]
-    assert names == ["fp32", "fp16", "int8-weights", "int8-dynamic"]
+    assert names == ["fp32", "fp16", "int8-weights"]  # dynamic int8 is slow on convolutions
     assert shown["ship"] in names
     for variant in shown["variants"]:
         assert variant["latency_p50_us"] > 0
