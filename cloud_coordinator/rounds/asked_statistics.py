@@ -1,9 +1,13 @@
-"""What a run with ``[statistics]`` asks its devices: averages over their rows."""
+"""What a run with ``[statistics]`` asks its devices: averages over their rows.
+
+With a probe they are over what a model makes of these rows; its file goes along.
+"""
 
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.initial_model import contract_of
 from cloud_coordinator.rounds.sum_plan import SumQuestionSpec, statistics_spec
@@ -11,6 +15,7 @@ from shared.run_plan import RunPlan
 from shared.secure_sum.config import Purpose
 from shared.secure_sum.questions import statistics_question
 from shared.statistics.blocks import Floats
+from shared.statistics.probes import contract_of_probe
 from shared.statistics.questions import check_question
 from shared.statistics.vectors import Answer, StatisticsVector
 
@@ -20,15 +25,24 @@ class AskedStatistics:
 
     purpose: Purpose = "statistics"
 
-    def __init__(self, plan: RunPlan) -> None:
-        """Lay out the vector; raise ConfigError where the task's data cannot answer."""
+    def __init__(self, plan: RunPlan, blobs: BlobStore) -> None:
+        """Lay out the vector.
+
+        Raises:
+            ConfigError: the task's data cannot answer.
+            NotFoundError: the model that is asked about is gone.
+        """
         assert plan.statistics is not None, "of a plan that asks"
-        contract = contract_of(plan.task)
-        check_question(plan.statistics, contract)
-        self._question = plan.statistics
-        self._vector = StatisticsVector(plan.statistics, contract)
-        self._json = msgspec.json.encode(plan.statistics)  # the bytes that every device digests
-        self.length, self.nbytes = self._vector.length, len(self._json)
+        question = plan.statistics
+        probe = question.probe
+        contract = contract_of(plan.task) if probe is None else contract_of_probe(probe)
+        check_question(question, contract)
+        self._question = question
+        self._vector = StatisticsVector(question, contract)
+        self._json = msgspec.json.encode(question)  # the bytes that every device digests
+        self._model = None if probe is None else blobs.read(probe.model_sha256)
+        self.length = self._vector.length
+        self.nbytes = len(self._json) + len(self._model or b"")
 
     def spec(self, plan: RunPlan) -> SumQuestionSpec:
         """Return what the signed configuration of each sum says."""
@@ -51,7 +65,12 @@ class AskedStatistics:
     ) -> dict[int, str]:
         """Send the question; arguments and result are those of `Exchange.ask_to_train`."""
         return exchange.ask_for_statistics(
-            self._json, node_ids, round_number=round_number, ttl_s=ttl_s, configs=configs
+            self._json,
+            node_ids,
+            round_number=round_number,
+            ttl_s=ttl_s,
+            configs=configs,
+            model=self._model,
         )
 
     def read(self, total: Floats, *, sigma: float) -> Sequence[Answer]:

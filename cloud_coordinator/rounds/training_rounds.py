@@ -64,7 +64,7 @@ def build_server_app(host: RunHost) -> ServerApp:
 
 def _run_of(host: RunHost, exchange: Exchange) -> "AskingRun | TrainingRun":
     if host.plan.statistics is not None:
-        return AskingRun(host, exchange, AskedStatistics(host.plan))
+        return AskingRun(host, exchange, AskedStatistics(host.plan, host.blobs))
     return TrainingRun(host, exchange)
 
 
