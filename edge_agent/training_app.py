@@ -5,7 +5,8 @@ SuperNodes and in Flower's simulation engine, and gives the same parameters ther
 
 A train message holds the records ``parameters`` (one float32 vector) and ``plan`` (``json``: a
 `TrainingPlan`; ``round``, ``seed``, ``min_examples``); an evaluate message ``parameters``; a
-``query.statistics`` message ``statistics`` (``json``: a `StatisticsQuestion`). With the record
+``query.statistics`` message ``statistics`` (``json``: a `StatisticsQuestion`) and, where that is
+about the inside of a model, ``model`` (its ONNX file). With the record
 ``sum`` (see secure_messages.py) the result goes into a secure sum: the reply holds a signed answer
 alone, and ``query.mask`` asks for the masked vector. The stages around it, ``query.share``,
 ``query.consent`` and ``query.reveal``, come this way where there is no control link.
@@ -19,6 +20,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -37,6 +39,7 @@ from edge_agent.data_registry import DataRegistry
 from edge_agent.eligibility import too_few
 from edge_agent.kept_sums import KeptSums
 from edge_agent.local_data import LocalData, read_local_data
+from edge_agent.measuring import measure_extremes
 from edge_agent.privacy.sources import DataUse, Part
 from edge_agent.reply_guard import UndeclaredFieldError, check_reply
 from edge_agent.secure_messages import reply_with, sealed_config_in, stage_question_in
@@ -61,7 +64,9 @@ from shared.secure_sum.questions import (
     statistics_question,
     training_question,
 )
+from shared.statistics.probes import MAX_PROBE_BYTES, Probe, contract_of_probe, rows_of_probe
 from shared.statistics.questions import StatisticsQuestion
+from shared.tasks.examples import Examples
 from shared.tasks.spec import TaskSpec
 from shared.untrusted import NOT_JSON
 
@@ -250,23 +255,42 @@ class _Device:
         )
 
     def answer_statistics(self, message: Message) -> RecordDict:
-        sealed = sealed_config_in(message.content)
+        content = message.content
+        sealed = sealed_config_in(content)
         if sealed is None:
             raise PeerError("statistics leave a device only in a secure sum")
-        text = message.content.config_records.get("statistics", ConfigRecord()).get("json")
+        text = content.config_records.get("statistics", ConfigRecord()).get("json")
         try:
             question = msgspec.json.decode(str(text), type=StatisticsQuestion)
         except NOT_JSON as error:
             raise PeerError(f"the message asks for no statistics: {error}") from error
-        rows, contract = self._data.train, self._data.task.contract
+        contract = self._data.task.contract
+        rows: Callable[[], Examples] = lambda: self._data.train  # noqa: E731  # or from a model
+        if (probe := question.probe) is not None:
+            model = _model_in(content, probe.model_sha256)
+            contract = contract_of_probe(probe)
+            rows = partial(self._inside, model, probe, max_rows=question.max_rows)
         return self._take_part(
             sealed,
             "statistics",
-            lambda config: statistics_contribution(config, question, contract, rows),
+            lambda config: statistics_contribution(config, question, contract, rows()),
             question_digest=statistics_question(str(text).encode()),
             base_digest=None,
             part="train",
         )
+
+    def _inside(self, model: bytes, probe: Probe, *, max_rows: int) -> Examples:
+        """Return what the rows do inside a model: of evenly spaced ones, as many as may count."""
+        inputs = self._data.train.inputs
+        chosen = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), max_rows)).astype(int))
+        try:
+            found = measure_extremes(model, probe, inputs[chosen], should_stop=self._should_stop)
+        except (StoppedError, PeerError, UnavailableError):  # of what was asked, or of this device
+            raise
+        except Exception:  # to say no would tell of this device's data
+            logger.exception("the model failed on the rows; zeros go into the sum")
+            found = np.zeros((0, len(probe.columns)), np.float32)
+        return rows_of_probe(probe, found)
 
     def _take_part(
         self,
@@ -325,6 +349,20 @@ def _parameters_in(content: RecordDict) -> Vector:
     # torch warns of arrays that it may not write to, so it gets a copy.
     vector: Vector = read_vector(array.data, {"<f4": np.float32}, what="the message").copy()
     return vector
+
+
+def _model_in(content: RecordDict, sha256: str) -> bytes:
+    """Return the file that came along; raise PeerError unless it is the one that is asked about."""
+    record = content.array_records.get("model")
+    if record is None or len(record) != 1:
+        raise PeerError("the message holds no model to ask about")
+    (array,) = record.values()
+    if len(array.data) > MAX_PROBE_BYTES:
+        raise PeerError(f"the model that came along is larger than {MAX_PROBE_BYTES} bytes")
+    file: bytes = read_vector(array.data, {"|u1": np.uint8}, what="the message").tobytes()
+    if hashlib.sha256(file).hexdigest() != sha256:
+        raise PeerError("the model that came along is not the one that is asked about")
+    return file
 
 
 def _round_of(message: Message) -> int:

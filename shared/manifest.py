@@ -35,6 +35,13 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     sha256: Digest
     size_bytes: Annotated[int, Meta(ge=1, le=MAX_ARTIFACT_BYTES)]
     session_config: dict[str, str] = msgspec.field(default_factory=dict)
+    # Largest absolute difference on the golden batch that passes; None: the batch's own.
+    tolerance: float | None = None
+    needs: tuple[str, ...] = ()  # what a processor must have to be fast and right with it
+
+    def allowed_difference(self, golden: "GoldenBatch") -> float:
+        """Return how far outputs may be from ``golden``, in units of the output."""
+        return golden.tolerance if self.tolerance is None else self.tolerance
 
 
 class GoldenBatch(msgspec.Struct, frozen=True, kw_only=True):

@@ -163,7 +163,12 @@ def plan_from(document: Any, *, source: str) -> RunPlan:
     Raises:
         ConfigError: it does not fit; names the key.
     """
-    if isinstance(document, dict) and document.get("statistics") is not None:
+    if isinstance(document, dict) and isinstance(asked := document.get("statistics"), dict):
+        if asked.get("probe") is not None:
+            raise ConfigError(
+                f"{source}: statistics.probe is asked by a compression alone; leave it out and "
+                "write [compression] int8 = true in a plan that trains"
+            )
         privacy = document.get("privacy", {})
         if isinstance(privacy, dict):
             document = {**document, "privacy": {"noise": "distributed", **privacy}}

@@ -30,6 +30,7 @@ class VariantView(BaseModel):
     passed: bool
     shipped: bool
     cause: str
+    step: str  # of calibration, that gave ranges which are good enough
     sha256: str | None
     size_bytes: int
     latency_p50_us: float | None

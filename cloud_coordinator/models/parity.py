@@ -84,10 +84,14 @@ def objection(parity: Parity, *, max_relative_error: float) -> str:
 def choose(reports: Sequence[VariantReport]) -> str:
     """Return the variant to ship: the smallest that passed and is not much slower than the fastest.
 
+    Variants that not every processor computes right or fast are not for all devices.
+
     Raises:
         UnfitModelError: fp32 did not pass, so the export itself is wrong and nothing may be served.
     """
-    passed = {r.variant: r for r in reports if r.passed and r.latency_p50_us is not None}
+    passed = {
+        r.variant: r for r in reports if r.passed and r.latency_p50_us is not None and not r.needs
+    }
     if FP32 not in passed:
         cause = next((r.cause for r in reports if r.variant == FP32), "it was not built")
         raise UnfitModelError(f"the exported model does not compute what was trained: {cause}")

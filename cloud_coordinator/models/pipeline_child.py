@@ -11,11 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from cloud_coordinator.models.pipeline_messages import (
-    BuildFailed,
     BuildProgress,
-    BuildVersion,
-    Built,
     FromPipeline,
+    Result,
+    ToPipeline,
 )
 from shared.child import Child
 from shared.errors import UnavailableError
@@ -27,16 +26,16 @@ _PIPELINE = (sys.executable, "-m", "cloud_coordinator.models.pipeline")
 
 
 async def run_pipeline(
-    order: BuildVersion,
+    order: ToPipeline,
     *,
     log_path: Path,
     say: Callable[[str], None],
     deadline: timedelta = BUILD_DEADLINE,
-) -> Built | BuildFailed:
-    """Have a child build what ``order`` says; it is gone when this returns or is cancelled.
+) -> Result:
+    """Have a child do what ``order`` says; it is gone when this returns or is cancelled.
 
     Args:
-        order: what to build.
+        order: what to do.
         log_path: where the child's chatter goes.
         say: told what happens now, for people.
         deadline: the longest that it may take.
@@ -50,8 +49,8 @@ async def run_pipeline(
             await child.send(order)
             async for message in child.messages(FromPipeline):
                 if not isinstance(message, BuildProgress):
-                    assert isinstance(message, Built | BuildFailed)
-                    return message
+                    result: Result = message
+                    return result
                 logger.info("model pipeline: %s", message.doing)
                 say(message.doing)
             status = await child.wait()

@@ -1,14 +1,14 @@
 """Smaller variants of an exported model, made from its weights alone.
 
-Calibration needs data, and the coordinator has none; so these are the variants that need none.
+Static int8 needs ranges that only devices can measure (static_int8.py).
 Measured on a 205 k-parameter CNN (ONNX Runtime 1.32, batch 1, one thread, against fp32):
 
 * ``fp16``: half the bytes, same speed; computes in half precision between float32 ends.
 * ``int8-weights``: a quarter of the bytes, same speed *if* ONNX Runtime folds the weights back to
   float32 when it loads, which it does under `FOLD_WEIGHTS`; without that setting it unpacks them
   for every request and takes 1.8 times as long.
-* ``int8-dynamic``: a quarter of the bytes, 7 times slower on convolutions; of use for networks of
-  matrix products only.
+* ``int8-dynamic``: a quarter of the bytes, 7 times slower on convolutions; so it is built for
+  networks without any.
 """
 
 import copy
@@ -150,13 +150,18 @@ def _pays(weight: NDArray[np.float32], axis: int) -> bool:
     return bool(3 * weight.size > 4 * weight.shape[axis] + _NODE_BYTES)
 
 
-# Tolerances are relative errors as parity.py defines them. float32 in another order of summation
-# stays below 1e-5 for networks of a few dozen layers. Half precision rounds to 2**-11 at each layer
-# and int8 weights to about 1/250 of a channel's largest weight: 0.001 and 0.003 measured on CNNs,
-# and an order of magnitude is left for depth. Agreement of decisions is checked besides.
-VARIANTS = (
-    Variant(FP32, lambda model: model, 1e-4),
-    Variant("fp16", to_fp16, 0.02),
-    Variant("int8-weights", to_int8_weights, 0.05, FOLD_WEIGHTS),
-    Variant("int8-dynamic", to_int8_dynamic, 0.05),
-)
+def variants_for(model: onnx.ModelProto) -> tuple[Variant, ...]:
+    """Return the variants to build from weights alone; each that does not pass is left out."""
+    # Tolerances are relative errors as parity.py defines them. float32 in another order of
+    # summation stays below 1e-5 for networks of a few dozen layers. Half precision rounds to 2**-11
+    # at each layer and int8 weights to about 1/250 of a channel's largest weight: 0.001 and 0.003
+    # measured on CNNs, and an order of magnitude is left for depth. Agreement of decisions is
+    # checked besides.
+    variants = (
+        Variant(FP32, lambda model: model, 1e-4),
+        Variant("fp16", to_fp16, 0.02),
+        Variant("int8-weights", to_int8_weights, 0.05, FOLD_WEIGHTS),
+    )
+    if any(node.op_type == "Conv" for node in model.graph.node):
+        return variants
+    return (*variants, Variant("int8-dynamic", to_int8_dynamic, 0.05))

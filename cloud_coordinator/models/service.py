@@ -1,14 +1,16 @@
 """From a run's last parameters to a signed version, and everything that is asked about versions.
 
-The heavy work is done by the pipeline child; this module imports neither torch nor onnx. A crash
-anywhere before the one transaction that signs a version leaves its row a candidate and perhaps
-some orphaned blobs: building again is all there is to do, and building what is built does nothing.
+The heavy work is done by the pipeline child; this module imports neither torch nor onnx. A version
+is built in one transaction and signed in another, perhaps much later. A crash before the first
+leaves its row a candidate and perhaps some orphaned blobs: building again is all there is to do.
+What is built is not built again, and what is signed keeps its name.
 """
 
 import asyncio
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -25,16 +27,28 @@ from cloud_coordinator.models.pipeline_messages import (
     BuildFailed,
     BuildVersion,
     Built,
+    Calibration,
+    MakeProbe,
+    ProbeMade,
+    Result,
+    ToPipeline,
     VariantReport,
 )
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
-from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
+from shared.errors import (
+    NotFoundError,
+    ShoalError,
+    UnavailableError,
+    UnfitModelError,
+    UntrustedModelError,
+)
 from shared.files import sha256_of
 from shared.manifest import Artifact, Lineage, Manifest
 from shared.messages import utc_now
 from shared.run_plan import RunPlan
 from shared.signed_manifest import SignedManifest, sign_manifest
 from shared.signing import SigningKey
+from shared.statistics.probes import Probe
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +86,29 @@ class ModelService:
         parent: str | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> str:
-        """Make the signed version of a finished run; safe to call again after any crash.
+        """Build and sign the version of a finished run: `build`, then `sign`; returns its name."""
+        await self.build(
+            run_id=run_id,
+            plan=plan,
+            parameters_sha256=parameters_sha256,
+            rounds=rounds,
+            parent=parent,
+            say=say,
+        )
+        return await self.sign(run_id, plan)
+
+    async def build(
+        self,
+        *,
+        run_id: str,
+        plan: RunPlan,
+        parameters_sha256: str,
+        rounds: int,
+        parent: str | None = None,
+        calibration: Calibration | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Make and measure the variants of a finished run; safe to call again after any crash.
 
         Args:
             run_id: the run; it has one version at most.
@@ -80,10 +116,8 @@ class ModelService:
             parameters_sha256: blob of its last committed parameters.
             rounds: how many rounds it committed.
             parent: the version that it started from.
+            calibration: ranges that devices measured; None: no static int8.
             say: told what happens now, for people.
-
-        Returns:
-            The version: the digest of its manifest.
 
         Raises:
             UnfitModelError: these parameters can become no version; it is rejected for good.
@@ -106,9 +140,21 @@ class ModelService:
             )
             if row.state == VersionState.REJECTED:
                 raise UnfitModelError(row.cause)
-            if row.version is not None:
-                return row.version
-            return await self._build(row, plan, say)
+            if row.state == VersionState.CANDIDATE:
+                await self._build(row, plan, calibration, say)
+
+    async def sign(self, run_id: str, plan: RunPlan) -> str:
+        """Sign what was built of a run; called again it returns the same name.
+
+        Returns:
+            The version: the digest of its manifest.
+
+        Raises:
+            NotFoundError: nothing was built of this run.
+            IllegalTransitionError: what was built may not be signed.
+            ConflictError: somebody else moved it meanwhile.
+        """
+        return await asyncio.to_thread(self._sign, run_id, plan)
 
     def versions(self) -> list[ModelVersionRow]:
         """Return all versions, the newest first, with their variants."""
@@ -186,7 +232,11 @@ class ModelService:
         kept: dict[str, int] = {}
         blobs: set[str] = set()
         for row in self.versions():
-            needed = row.state in {VersionState.CANDIDATE, VersionState.CURRENT}
+            needed = row.state in {
+                VersionState.CANDIDATE,
+                VersionState.COMPRESSED,
+                VersionState.CURRENT,
+            }
             if row.version is not None and kept.setdefault(row.model, 0) < last:
                 kept[row.model] += 1
                 needed = True
@@ -195,26 +245,67 @@ class ModelService:
                 blobs.update(v.sha256 for v in row.variants if v.sha256 is not None)
         return blobs
 
-    async def _build(self, row: ModelVersionRow, plan: RunPlan, say: Callable[[str], None]) -> str:
-        parameters = self._blobs.path_of(row.parameters_sha256)
-        await asyncio.to_thread(self._verify, parameters, row.parameters_sha256)
-        try:
-            await asyncio.to_thread(_make_empty, self._folder)
-            order = BuildVersion(
+    async def make_probe(
+        self, *, plan: RunPlan, parameters_sha256: str, say: Callable[[str], None]
+    ) -> Probe:
+        """Return what devices are asked for static int8; the file that it names becomes a blob.
+
+        Raises as `build`, and changes no version.
+        """
+        async with self._one_at_a_time:
+            parameters = await self._verified_blob(parameters_sha256)
+            order = MakeProbe(
                 task=plan.task,
                 parameters_path=str(parameters),
                 folder=str(self._folder),
                 seed=plan.seed,
             )
-            result = await run_pipeline(order, log_path=self._log_path, say=say)
+            async with self._child(order, say) as result:
+                if isinstance(result, ProbeMade):
+                    await asyncio.to_thread(
+                        self._store_file, result.file, result.probe.model_sha256
+                    )
+                    return result.probe
+        assert isinstance(result, BuildFailed)
+        raise _error_of(result)
+
+    async def _build(
+        self,
+        row: ModelVersionRow,
+        plan: RunPlan,
+        calibration: Calibration | None,
+        say: Callable[[str], None],
+    ) -> None:
+        parameters = await self._verified_blob(row.parameters_sha256)
+        order = BuildVersion(
+            task=plan.task,
+            parameters_path=str(parameters),
+            folder=str(self._folder),
+            seed=plan.seed,
+            calibration=calibration,
+        )
+        async with self._child(order, say) as result:
             if isinstance(result, Built):
-                return await asyncio.to_thread(self._publish, row, plan, result)
+                await asyncio.to_thread(self._store, row, result)
+                return
+        assert isinstance(result, BuildFailed)
+        if result.rejected:
+            await asyncio.to_thread(self._reject, row, result)
+        raise _error_of(result)
+
+    async def _verified_blob(self, sha256: str) -> Path:
+        path = self._blobs.path_of(sha256)
+        await asyncio.to_thread(self._verify, path, sha256)
+        return path
+
+    @contextlib.asynccontextmanager
+    async def _child(self, order: ToPipeline, say: Callable[[str], None]) -> AsyncIterator[Result]:
+        """Have a child work in an empty folder, which is there as long as the context."""
+        try:
+            await asyncio.to_thread(_make_empty, self._folder)
+            yield await run_pipeline(order, log_path=self._log_path, say=say)
         finally:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
-        if not result.rejected:
-            raise UnavailableError(result.cause)
-        await asyncio.to_thread(self._reject, row, result)
-        raise UnfitModelError(result.cause)
 
     def _candidate(self, fresh: ModelVersionRow) -> ModelVersionRow:
         """Return the run's version row, which is ``fresh`` where there was none."""
@@ -224,23 +315,33 @@ class ModelService:
                 session.add(fresh)
             return row or fresh
 
-    def _publish(self, row: ModelVersionRow, plan: RunPlan, built: Built) -> str:
-        """Store the files, then sign and record in one transaction."""
+    def _store(self, row: ModelVersionRow, built: Built) -> None:
+        """Store the files, then record all that was built in one transaction."""
         for report in built.variants:
             if report.passed:
-                self._store(report)
-        signed = sign_manifest(_manifest(row, plan, built, now=self._clock()), self._key)
+                self._store_file(report.file, report.sha256)
         with self._database.transaction() as session:
+            content = msgspec.json.encode(built)
+            _move(session, row, VersionEvent.VARIANTS_BUILT, built=content)
+            session.add_all(_variant_rows(row.run_id, built.variants, ship=built.ship))
+
+    def _sign(self, run_id: str, plan: RunPlan) -> str:
+        with self._database.transaction() as session:
+            row = session.get(ModelVersionRow, run_id)
+            if row is None or row.built is None:
+                raise NotFoundError(f"no model version was built of run {run_id!r}")
+            if row.version is not None:
+                return row.version
+            built = msgspec.json.decode(row.built, type=Built)
+            signed = sign_manifest(_manifest(row, plan, built, now=self._clock()), self._key)
             _move(
                 session,
                 row,
-                VersionEvent.VARIANTS_BUILT,
                 VersionEvent.MANIFEST_SIGNED,
                 version=signed.version,
                 sealed=signed.sealed,
                 signed_at=signed.manifest.created_at,
             )
-            session.add_all(_variant_rows(row.run_id, built.variants, ship=built.ship))
         _log_signed(signed, built)
         return signed.version
 
@@ -250,10 +351,10 @@ class ModelService:
             session.add_all(_variant_rows(row.run_id, failed.variants, ship=None))
         logger.warning("model version of run %s rejected: %s", row.run_id, failed.cause)
 
-    def _store(self, report: VariantReport) -> None:
-        if self._blobs.put_file(self._folder / report.file) != report.sha256:
+    def _store_file(self, name: str, sha256: str) -> None:
+        if self._blobs.put_file(self._folder / name) != sha256:
             raise UntrustedModelError(
-                f"{report.file} is not the file that was checked; look who else writes to "
+                f"{name} is not the file that was checked; look who else writes to "
                 f"{self._folder}, then try again"
             )
 
@@ -282,11 +383,9 @@ def _by_digest(session: Session, version: str) -> ModelVersionRow:
     return row
 
 
-def _move(session: Session, row: ModelVersionRow, *events: VersionEvent, **values: object) -> None:
-    """Take a version through ``events`` by one compare-and-set, with new ``values`` besides."""
-    state = VersionState(row.state)
-    for event in events:
-        state = next_state(state, event)
+def _move(session: Session, row: ModelVersionRow, event: VersionEvent, **values: object) -> None:
+    """Take a version through ``event`` by one compare-and-set, with new ``values`` besides."""
+    state = next_state(VersionState(row.state), event)
     change = (
         update(ModelVersionRow)
         .where(ModelVersionRow.run_id == row.run_id, ModelVersionRow.state == row.state)
@@ -303,6 +402,8 @@ def _manifest(row: ModelVersionRow, plan: RunPlan, built: Built, *, now: datetim
             sha256=report.sha256,
             size_bytes=report.size_bytes,
             session_config=report.session_config,
+            tolerance=report.tolerance,
+            needs=report.needs,
         )
         for report in built.variants
         if report.passed
@@ -335,13 +436,23 @@ def _variant_rows(
     rows = []
     for position, report in enumerate(reports):
         figures = msgspec.structs.asdict(report)
-        del figures["file"]
+        for name in (
+            "file",
+            "tolerance",
+            "needs",
+        ):  # the first is gone, the manifest has the others
+            del figures[name]
         if not report.passed:
             figures["sha256"] = None  # nobody may download it
         rows.append(
             VariantRow(run_id=run_id, position=position, shipped=report.variant == ship, **figures)
         )
     return rows
+
+
+def _error_of(failed: BuildFailed) -> ShoalError:
+    """Return what to raise: what these parameters cannot be, or what may be mended."""
+    return (UnfitModelError if failed.rejected else UnavailableError)(failed.cause)
 
 
 def _make_empty(folder: Path) -> None:

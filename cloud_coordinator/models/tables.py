@@ -25,6 +25,7 @@ class ModelVersionRow(Base):
     rounds: Mapped[int]
     parameters_sha256: Mapped[str] = mapped_column(String(64))
     parent: Mapped[str | None] = mapped_column(String(64), default=None)
+    built: Mapped[bytes | None] = mapped_column(default=None)  # JSON of what a manifest will say
     sealed: Mapped[bytes | None] = mapped_column(default=None)  # the signed manifest
 
     variants: Mapped[list["VariantRow"]] = relationship(
@@ -43,6 +44,7 @@ class VariantRow(Base):
     shipped: Mapped[bool]
     passed: Mapped[bool]
     cause: Mapped[str] = mapped_column(Text, default="")
+    step: Mapped[str] = mapped_column(Text, default="", server_default="")  # of calibration
     sha256: Mapped[str | None] = mapped_column(String(64), index=True, default=None)
     size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     session_config: Mapped[dict[str, str]] = mapped_column(JSON)

@@ -131,9 +131,15 @@ class Exchange:
         round_number: int,
         ttl_s: float,
         configs: Mapping[int, bytes],
+        model: bytes | None = None,
     ) -> dict[int, str]:
-        """Ask nodes what their rows are like, ``question`` being JSON; as `ask_to_train`."""
+        """Ask nodes what their rows are like, or what these do to ``model``; as `ask_to_train`.
+
+        ``question`` is JSON.
+        """
         base: Records = {"statistics": ConfigRecord({"json": question.decode()})}
+        if model is not None:
+            base["model"] = ArrayRecord([np.frombuffer(model, np.uint8)])
         contents = _with_configs(base, node_ids, configs)
         return self._push(f"{MessageType.QUERY}.statistics", contents, round_number, ttl_s)
 

@@ -14,6 +14,8 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from cloud_coordinator.rounds.aggregation import STRATEGIES, ModelState
+from cloud_coordinator.rounds.asked_statistics import AskedStatistics
+from cloud_coordinator.rounds.asking_run import AskingRun
 from cloud_coordinator.rounds.checkpoint import load_state, save_state
 from cloud_coordinator.rounds.cohort import cohort_rng
 from cloud_coordinator.rounds.evaluation import Evaluates, Evaluation, Evaluator, patience_s
@@ -31,7 +33,6 @@ from cloud_coordinator.rounds.run_parts import (
 from cloud_coordinator.rounds.secure_evaluation import SecureEvaluator
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.secure_training import SecureTraining
-from cloud_coordinator.rounds.statistics_run import StatisticsRun
 from cloud_coordinator.rounds.trained import Groups, Trained, Training
 from cloud_coordinator.rounds.waiting import wait_for_devices
 from cloud_coordinator.rounds.worker_messages import (
@@ -54,14 +55,17 @@ def build_server_app(host: RunHost) -> ServerApp:
     @app.main()
     def main(grid: Grid, _: Context) -> None:
         try:
-            exchange = Exchange(grid)
-            asks = host.plan.statistics is not None
-            run = StatisticsRun(host, exchange) if asks else TrainingRun(host, exchange)
-            host.report(run.run())
+            host.report(_run_of(host, Exchange(grid)).run())
         except StoppedError as error:
             logger.info("stopped: %s", error)
 
     return app
+
+
+def _run_of(host: RunHost, exchange: Exchange) -> "AskingRun | TrainingRun":
+    if host.plan.statistics is not None:
+        return AskingRun(host, exchange, AskedStatistics(host.plan, host.blobs))
+    return TrainingRun(host, exchange)
 
 
 def perform_run(host: RunHost, grid: Grid) -> None:

@@ -200,7 +200,7 @@ class RunRecords:
         with self._database.transaction() as session:
             rows = session.scalars(
                 select(RoundRow)
-                .where(RoundRow.state == COMMITTED)
+                .where(RoundRow.state == COMMITTED, RoundRow.parameters_sha256.is_not(None))
                 .order_by(RoundRow.run_id, RoundRow.round_number.desc())
             ).all()
         digests: set[str] = set()

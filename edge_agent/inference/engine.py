@@ -87,7 +87,7 @@ class Engine:
         """
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         require_self_contained(content)
-        self._session = _open(content, session_config, options or EngineOptions())
+        self._session = open_session(content, session_config, options or EngineOptions())
         _require_signature("input", self.inputs, self._session.get_inputs())
         _require_signature("output", self.outputs, self._session.get_outputs())
         self._output_names = [spec.name for spec in self.outputs]
@@ -126,9 +126,10 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _open(
+def open_session(
     content: bytes, session_config: Mapping[str, str], options: EngineOptions
 ) -> InferenceSession:
+    """Load a model; raise UnfitModelError where it does not load or needs too much memory."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1

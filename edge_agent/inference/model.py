@@ -15,7 +15,7 @@ import numpy as np
 from edge_agent.inference.engine import DTYPES, Array, Engine, EngineOptions
 from edge_agent.slot_files import MODEL, unverified_manifest
 from shared.errors import UnfitModelError, UntrustedModelError
-from shared.manifest import Manifest, TensorSpec
+from shared.manifest import Artifact, Manifest, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def load_model(slot: Path, options: EngineOptions | None = None) -> Model:
         session_config=artifact.session_config,
         options=options,
     )
-    return Model(version, manifest, engine, _check_golden(engine, manifest))
+    return Model(version, manifest, engine, _check_golden(engine, manifest, artifact))
 
 
 def golden_inputs(manifest: Manifest) -> dict[str, Array]:
@@ -77,9 +77,10 @@ def _read_exactly(path: Path, digest: str) -> bytes:
     return content
 
 
-def _check_golden(engine: Engine, manifest: Manifest) -> float:
+def _check_golden(engine: Engine, manifest: Manifest, artifact: Artifact) -> float:
     """Return the largest difference from the golden outputs, which is within the tolerance."""
     golden, spec = manifest.golden, manifest.outputs[0]
+    allowed = artifact.allowed_difference(golden)
     feeds = golden_inputs(manifest)
     wanted = _rows(golden.outputs, spec, golden.rows, "outputs")
     got = engine.run(feeds)[0]
@@ -91,10 +92,10 @@ def _check_golden(engine: Engine, manifest: Manifest) -> float:
     if not np.isfinite(got).all():
         raise UnfitModelError(f"output {spec.name!r} holds NaN or infinity on the golden batch")
     difference = float(np.abs(got.astype(np.float64) - wanted).max())
-    if not difference <= golden.tolerance:  # a NaN in the manifest must not pass either
+    if not difference <= allowed:  # a NaN in the manifest must not pass either
         raise UnfitModelError(
             f"the golden batch differs by {difference:.3g}, more than the tolerance of "
-            f"{golden.tolerance:.3g}"
+            f"{allowed:.3g}"
         )
     return difference
 

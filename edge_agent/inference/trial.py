@@ -15,8 +15,8 @@ from edge_agent.slot_files import MODEL
 from shared.errors import UnavailableError, UnfitModelError
 
 TIME_LIMIT_S = 60.0
-_BASE_ALLOWANCE_BYTES = 768 * 1024**2  # for threads, buffers and activations of any model
-_COPIES = 4  # of the weights, while ONNX Runtime parses, optimises and packs them
+BASE_ALLOWANCE_BYTES = 768 * 1024**2  # for threads, buffers and activations of any model
+COPIES = 4  # of the weights, while ONNX Runtime parses, optimises and packs them
 # What one process gets of the environment of all: small heaps, no thread pools of its own.
 CHILD_ENV = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 
@@ -74,8 +74,8 @@ def describe_exit(status: int | None) -> str:
 
 def _allowance(slot: Path) -> int:
     with contextlib.suppress(OSError):  # a missing file is the self-test's to report
-        return _BASE_ALLOWANCE_BYTES + _COPIES * (slot / MODEL).stat().st_size
-    return _BASE_ALLOWANCE_BYTES
+        return BASE_ALLOWANCE_BYTES + COPIES * (slot / MODEL).stat().st_size
+    return BASE_ALLOWANCE_BYTES
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

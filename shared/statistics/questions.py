@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.errors import ConfigError
+from shared.statistics.probes import Probe
 from shared.tasks.contract import DataContract
 
 MAX_BINS = 4096
@@ -86,6 +87,7 @@ class StatisticsQuestion(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     of: Annotated[tuple[Statistic, ...], Meta(min_length=1, max_length=100)]
     max_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
+    probe: Probe | None = None  # features are its columns; only a compression asks so
 
 
 def range_of(statistic: OfFeature, contract: DataContract) -> tuple[float, float]:

@@ -179,6 +179,35 @@ def test_every_artifact_of_the_manifest_is_a_blob_of_its_digest(registry: Regist
     assert [variant.variant for variant in row.variants if variant.shipped]
 
 
+async def test_what_was_built_may_be_signed_later_and_keeps_its_files(tmp_path: Path) -> None:
+    key = SigningKey.generate()
+    database, blobs, service = new_service(tmp_path, key)
+    add_run(database, "run-1")
+    with pytest.raises(NotFoundError, match="no model version was built of run 'run-1'"):
+        await service.sign("run-1", PLAN)
+    parameters = store_parameters(blobs)
+    for _ in range(2):  # the second time nothing happens
+        await service.build(run_id="run-1", plan=PLAN, parameters_sha256=parameters, rounds=3)
+    (row,) = service.versions()
+    assert (row.state, row.version) == (VersionState.COMPRESSED, None)
+    built = {variant.sha256 for variant in row.variants if variant.passed}
+    assert built <= service.blobs_to_keep(protect=())
+    database.close()
+
+    database, _, service = new_service(tmp_path, key)
+    version = await service.sign("run-1", PLAN)
+    assert await service.sign("run-1", PLAN) == version
+    manifest = open_manifest(
+        service.manifest_bytes(version),
+        trusted={key.public.key_id: key.public},
+        version=version,
+    ).manifest
+    assert {artifact.sha256 for artifact in manifest.artifacts} == built
+    assert all(artifact.tolerance is not None for artifact in manifest.artifacts)
+    assert manifest.shipped.tolerance == manifest.golden.tolerance
+    database.close()
+
+
 async def test_a_run_has_one_version_however_often_it_is_built(registry: Registry) -> None:
     row = registry.service.version(registry.version)
     again = await asyncio.wait_for(
@@ -426,7 +455,7 @@ async def test_the_listing_shows_every_variant_with_its_figures(
     assert shown["version"] == registry.version
     assert shown["state"] == "signed"
     names = [variant["variant"] for variant in shown["variants"]]
-    assert names == ["fp32", "fp16", "int8-weights", "int8-dynamic"]
+    assert names == ["fp32", "fp16", "int8-weights"]  # dynamic int8 is slow on convolutions
     assert shown["ship"] in names
     for variant in shown["variants"]:
         assert variant["latency_p50_us"] > 0

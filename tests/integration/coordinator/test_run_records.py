@@ -144,6 +144,15 @@ def test_blobs_of_the_last_two_commits_of_each_run_are_in_use(records: RunRecord
     assert records.blobs_in_use() == {digest_of(2), digest_of(3)}
 
 
+def test_rounds_that_only_ask_push_no_parameters_out(records: RunRecords) -> None:
+    run_id = records.create(plan()).run_id
+    records.save_round(run_id, closed(1, "a"))
+    for number in (2, 3, 4):
+        asked = msgspec.structs.replace(closed(number, "a"), parameters_sha256=None)
+        records.save_round(run_id, asked)
+    assert records.blobs_in_use() == {digest_of(1)}
+
+
 def test_an_unknown_run_is_named_with_advice(records: RunRecords) -> None:
     with pytest.raises(NotFoundError, match="'nothing'; 'shoal run list' shows"):
         records.details("nothing")

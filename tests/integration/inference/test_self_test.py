@@ -153,3 +153,12 @@ def test_a_model_with_two_inputs_is_refused_in_plain_words(tmp_path: Path) -> No
     both = (TensorSpec("x", "FP32", (-1, 3)), TensorSpec("z", "FP32", (-1, 3)))
     cause = refusal(version.changed(inputs=both), tmp_path / "a")
     assert cause.endswith("this agent serves models with one of each")
+
+
+def test_an_artifact_is_held_to_a_tolerance_of_its_own(tmp_path: Path) -> None:
+    content, inputs = linear().content, np.ones((2, FEATURES), np.float32)
+    off = (inputs @ linear().weights + np.float32(0.5)).astype(np.float32)
+    loose = version_of(content, inputs, off, tolerance=0.6)
+    assert not isinstance(self_test(loose.put_into(tmp_path / "loose")), SelfTestRefusal)
+    tight = version_of(content, inputs, off, tolerance=0.4)
+    assert "more than the tolerance of 0.4" in refusal(tight, tmp_path / "tight")

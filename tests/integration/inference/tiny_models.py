@@ -141,7 +141,12 @@ def build(nodes: list[Any], initializers: list[Any]) -> bytes:
 
 
 def version_of(
-    content: bytes, inputs: Floats, outputs: Floats, weights: Floats | None = None
+    content: bytes,
+    inputs: Floats,
+    outputs: Floats,
+    weights: Floats | None = None,
+    *,
+    tolerance: float | None = None,
 ) -> Version:
     """Describe and sign a model file."""
     digest = hashlib.sha256(content).hexdigest()
@@ -152,7 +157,9 @@ def version_of(
         inputs=(TensorSpec("x", "FP32", (-1, FEATURES)),),
         outputs=(TensorSpec("y", "FP32", (-1, CLASSES)),),
         labels=("ant", "bee", "cat"),
-        artifacts=(Artifact(variant="fp32", sha256=digest, size_bytes=len(content)),),
+        artifacts=(
+            Artifact(variant="fp32", sha256=digest, size_bytes=len(content), tolerance=tolerance),
+        ),
         ship="fp32",
         golden=GoldenBatch(
             inputs=inputs.tobytes(), outputs=outputs.tobytes(), rows=len(inputs), tolerance=1e-4

@@ -1,5 +1,6 @@
 """What a device does when it is asked for statistics, and what that withstands (R8)."""
 
+import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -9,16 +10,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
 from cloud_coordinator.rounds.sum_plan import SumOccasion, make_config, statistics_spec
+from edge_agent import training_app
 from edge_agent.data_registry import DataRegistry
 from edge_agent.local_data import check_data
 from edge_agent.secure_sums import SecureSums
 from edge_agent.training_app import build_client_app, load_from_home
-from shared.errors import PeerError, PolicyError
+from shared.errors import PeerError, PolicyError, UnfitModelError
 from shared.messages import utc_now
 from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan
@@ -28,6 +31,7 @@ from shared.secure_sum.messages import SignedAnswer, decode
 from shared.secure_sum.messages import encode as encode_message
 from shared.secure_sum.questions import statistics_question
 from shared.signing import seal
+from shared.statistics.probes import Probe, ProbeColumn, contract_of_probe
 from shared.statistics.questions import Count, Histogram, Mean, StatisticsQuestion
 from shared.statistics.vectors import StatisticsVector
 from shared.tasks.contract import DataContract, Feature
@@ -65,6 +69,7 @@ def config_for(
     expires_at: datetime = NOW + timedelta(hours=1),
     run_id: str = "run-1",
     round_number: int = 1,
+    contract: DataContract = CONTRACT,
 ) -> SumConfig:
     """Make the configuration as a coordinator does."""
     plan = RunPlan(
@@ -74,7 +79,7 @@ def config_for(
         privacy=PrivacyPlan(noise=noise, at_least=3, drop_fraction=0.2),  # type: ignore[arg-type]
         cohort=CohortPlan(size=devices),
     )
-    vector = StatisticsVector(question, CONTRACT)
+    vector = StatisticsVector(question, contract)
     spec = statistics_spec(
         plan,
         length=vector.length,
@@ -115,20 +120,28 @@ class Device:
         self.sums = SecureSums(home)
         self.app = build_client_app(load_from_home, sums_of=lambda _: self.sums)
 
-    def ask(self, config: SumConfig | None, text: str) -> Message:
+    def ask(self, config: SumConfig | None, text: str, *, model: bytes | None = None) -> Message:
         content = RecordDict({"statistics": ConfigRecord({"json": text})})
+        if model is not None:
+            content["model"] = ArrayRecord([np.frombuffer(model, np.uint8)])
         if config is not None:
             key, payload = self.enrolled.command_key, encode_config(config)
             sealed = seal(payload, payload_type=CONFIG_PAYLOAD_TYPE, key=key)
             content["sum"] = ConfigRecord({"config": sealed})
-        context = Context(
+        return self.app(Message(content, 2, "query.statistics"), self.context())
+
+    def context(self) -> Context:
+        return Context(
             run_id=1,
             node_id=2,
             node_config={"home": str(self.home), "data": "mine"},
             state=RecordDict(),
             run_config={"task": msgspec.json.encode(PUMPS).decode()},
         )
-        return self.app(Message(content, 2, "query.statistics"), context)
+
+    def train_inputs(self) -> NDArray[np.float32]:
+        inputs: NDArray[np.float32] = load_from_home(self.context()).train.inputs
+        return inputs
 
     def refusal(self, config: SumConfig | None, text: str = "") -> str:
         return str(self.ask(config, text or text_of(QUESTION)).error.reason)
@@ -168,15 +181,7 @@ def test_what_enters_the_sum_is_about_the_training_rows_alone(device: Device) ->
     device.ask(config, text_of(QUESTION))
 
     kept = device.sums._sessions[config.session]
-    data = load_from_home(
-        Context(
-            run_id=1,
-            node_id=2,
-            node_config={"home": str(device.home)},
-            state=RecordDict(),
-            run_config={"task": msgspec.json.encode(PUMPS).decode()},
-        )
-    )
+    data = load_from_home(device.context())
     assert len(data.held_out) > 0
     expected = StatisticsVector(QUESTION, CONTRACT).contribution(data.train)
     np.testing.assert_array_equal(kept.vector, expected)
@@ -335,3 +340,94 @@ def test_each_noised_question_is_charged_and_the_budget_ends_them(tmp_path: Path
         config = config_for(binned(5), noise="distributed", run_id="run-2")
         with pytest.raises(PolicyError, match=r"with this sum .* would be spent"):
             open_at(sums["edge-0"], fleet, config)
+
+
+# --- what rows do inside a model -----------------------------------------------------------------
+
+
+def doubling() -> bytes:
+    """Return a model of one feature that doubles it."""
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Add", ["x", "x"], ["y"])],
+            "doubling",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 1])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", 1])],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    return bytes(model.SerializeToString())
+
+
+def about(model: bytes, *, max_rows: int = 50) -> StatisticsQuestion:
+    probe = Probe(
+        model_sha256=hashlib.sha256(model).hexdigest(), columns=(ProbeColumn("y", "high", 0.0),)
+    )
+    return StatisticsQuestion(of=(Mean(feature="high y"),), max_rows=max_rows, probe=probe)
+
+
+def probe_config(question: StatisticsQuestion) -> SumConfig:
+    assert question.probe is not None
+    return config_for(
+        question,
+        fleet=FLEET,
+        expires_at=utc_now() + timedelta(hours=1),
+        contract=contract_of_probe(question.probe),
+    )
+
+
+def test_a_probe_is_answered_by_octaves_of_what_the_model_makes_of_training_rows(
+    device: Device,
+) -> None:
+    question = about(doubling())
+    config = probe_config(question)
+    reply = device.ask(config, text_of(question), model=doubling())
+    assert reply.has_content(), reply.error
+
+    kept = device.sums._sessions[config.session]
+    assert kept.vector is not None
+    weight, scaled = kept.vector
+    # Pressures from 0 to 0.99, doubled, in octaves from -4 to 4 that are scaled to [-1, 1].
+    train = device.train_inputs()
+    chosen = train[np.unique(np.linspace(0, len(train) - 1, 50).astype(int))]
+    with np.errstate(divide="ignore"):
+        octaves = np.clip(np.log2(2 * chosen), -4, 4)
+    assert weight == pytest.approx(1.0)
+    assert scaled == pytest.approx(octaves.mean() / 4, abs=1e-6)
+
+
+def test_a_model_that_fails_on_the_rows_gives_zeros_and_no_word(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise UnfitModelError("the model failed on row 7")
+
+    monkeypatch.setattr(training_app, "measure_extremes", fails)
+    question = about(doubling())
+    config = probe_config(question)
+    reply = device.ask(config, text_of(question), model=doubling())
+    assert reply.has_content()
+    np.testing.assert_array_equal(device.sums._sessions[config.session].vector, [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (None, "holds no model to ask about"),
+        (b"another", "not the one that is asked about"),
+    ],
+)
+def test_a_probe_without_its_very_model_is_refused(
+    device: Device, model: bytes | None, words: str
+) -> None:
+    question = about(doubling())
+    reply = device.ask(probe_config(question), text_of(question), model=model)
+    assert words in str(reply.error.reason)
+
+
+def test_a_model_that_does_not_load_is_declined(device: Device) -> None:
+    question = about(b"no model")
+    reply = device.ask(probe_config(question), text_of(question), model=b"no model")
+    signed = decode(bytes(reply.content.config_records["sum"]["answer"]), SignedAnswer)  # type: ignore[arg-type]
+    assert "the model does not load" in signed.refusal

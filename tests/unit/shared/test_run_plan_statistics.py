@@ -104,3 +104,9 @@ def test_who_starts_an_exact_one_hears_what_owners_must_allow() -> None:
     said = "\n".join(explain(plan_of(privacy={"noise": "none"})))
     assert "the answers are exact, and no ε is promised" in said
     assert "exact_sums = true" in said
+
+
+def test_nobody_may_write_a_probe_into_a_plan() -> None:
+    probe = {"model_sha256": "a" * 64, "columns": [["x", "high", 0.0]]}
+    with pytest.raises(ConfigError, match=r"statistics\.probe is asked by a compression alone"):
+        plan_of(statistics={**ASKED, "probe": probe})

@@ -21,7 +21,13 @@ def logits(rows: int = 64, classes: int = 10) -> np.ndarray:
 
 
 def report(
-    variant: str, *, size_bytes: int, latency_us: float | None, passed: bool = True, cause: str = ""
+    variant: str,
+    *,
+    size_bytes: int,
+    latency_us: float | None,
+    passed: bool = True,
+    cause: str = "",
+    needs: tuple[str, ...] = (),
 ) -> VariantReport:
     return VariantReport(
         variant=variant,
@@ -29,6 +35,7 @@ def report(
         cause=cause,
         size_bytes=size_bytes,
         latency_p50_us=latency_us,
+        needs=needs,
     )
 
 
@@ -113,6 +120,15 @@ def test_the_faster_of_two_equally_small_variants_is_shipped() -> None:
         report("fp16", size_bytes=400, latency_us=100),
     ]
     assert choose(reports) == "fp16"
+
+
+def test_a_variant_that_not_every_processor_computes_is_not_shipped_to_all() -> None:
+    reports = [
+        report("fp32", size_bytes=400, latency_us=100),
+        report("int8-vnni", size_bytes=100, latency_us=20, needs=("vnni",)),
+        report("int8-x86", size_bytes=101, latency_us=90),
+    ]
+    assert choose(reports) == "int8-x86"
 
 
 def test_nothing_ships_when_fp32_itself_is_wrong() -> None:

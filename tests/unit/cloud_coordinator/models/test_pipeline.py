@@ -2,18 +2,31 @@ import hashlib
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from cloud_coordinator.models import pipeline
+from cloud_coordinator.models import candidates, pipeline
+from cloud_coordinator.models.calibration import statistics_of
 from cloud_coordinator.models.export import TrainedModel
 from cloud_coordinator.models.parity import open_session
-from cloud_coordinator.models.pipeline_messages import FP32, BuildFailed, BuildVersion, Built
-from cloud_coordinator.models.quantise import VARIANTS, Variant
+from cloud_coordinator.models.pipeline_messages import (
+    FP32,
+    BuildFailed,
+    BuildVersion,
+    Built,
+    Calibration,
+    MakeProbe,
+)
+from cloud_coordinator.models.quantise import Variant, variants_for
+from cloud_coordinator.models.static_int8 import KINDS
 from shared.errors import UnavailableError
 from shared.parameters import load_parameters, save_vectors
+from shared.statistics.probes import contract_of_probe, extremes_of, rows_of_probe
+from shared.statistics.questions import StatisticsQuestion
+from shared.statistics.vectors import StatisticsVector
 from shared.tasks.registry import load_task
 from shared.tasks.spec import TaskSpec
 from shared.tasks.task import seeded_model
@@ -63,7 +76,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Built]:
     folder = tmp_path_factory.mktemp("pipeline")
     broken = (Variant("broken", altered, 0.05), Variant("crashing", crashing, 0.05))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "VARIANTS", (*VARIANTS, *broken))
+        patch.setattr(pipeline, "variants_for", lambda model: (*variants_for(model), *broken))
         result = build(order_in(folder))
     assert isinstance(result, Built)
     return folder, result
@@ -132,6 +145,23 @@ def test_the_golden_batch_is_torchs_and_the_shipped_variant_meets_it(
     assert golden.tolerance < 0.1 * outputs.std()
 
 
+def test_every_variant_that_passed_has_a_tolerance_of_its_own(built: tuple[Path, Built]) -> None:
+    folder, result = built
+    inputs = np.frombuffer(result.golden.inputs, "<f4").reshape(result.golden.rows, 2)
+    wanted = np.frombuffer(result.golden.outputs, "<f4").reshape(result.golden.rows, 3)
+    allowed = {r.variant: r.tolerance for r in result.variants if r.passed}
+    for report in result.variants:
+        assert (report.tolerance is not None) == report.passed
+        if report.tolerance is not None:
+            session = open_session((folder / report.file).read_bytes(), report.session_config)
+            (served,) = session.run(None, {result.inputs[0].name: inputs})
+            assert np.abs(np.asarray(served) - wanted).max() <= report.tolerance
+    assert allowed["fp32"] is not None
+    assert allowed["int8-weights"] is not None
+    assert allowed["fp32"] < allowed["int8-weights"]
+    assert allowed[result.ship] == result.golden.tolerance
+
+
 def test_labels_and_signature_are_the_tasks(built: tuple[Path, Built]) -> None:
     _, result = built
     task = load_task(SPEC)
@@ -142,7 +172,7 @@ def test_labels_and_signature_are_the_tasks(built: tuple[Path, Built]) -> None:
 def test_nothing_is_built_when_the_export_itself_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "VARIANTS", (Variant(FP32, altered, 1e-4),))
+    monkeypatch.setattr(pipeline, "variants_for", lambda _: (Variant(FP32, altered, 1e-4),))
     result = build(order_in(tmp_path))
     assert isinstance(result, BuildFailed)
     assert result.rejected
@@ -156,6 +186,61 @@ def test_a_full_disk_is_no_fault_of_the_model(
     def no_space(path: Path, _content: bytes) -> None:
         raise UnavailableError(f"no space left on the disk that holds {path.parent}")
 
-    monkeypatch.setattr(pipeline, "write_atomic", no_space)
+    monkeypatch.setattr(candidates, "write_atomic", no_space)
     with pytest.raises(UnavailableError, match="no space"):
         build(order_in(tmp_path))
+
+
+def calibrated(folder: Path, *, exact: bool) -> BuildVersion:
+    """Ask a fleet of one device, whose rows are drawn from the contract, and order a build."""
+    order = order_in(folder)
+    made = pipeline.probe(
+        MakeProbe(
+            task=order.task,
+            parameters_path=order.parameters_path,
+            folder=order.folder,
+            seed=order.seed,
+        ),
+        say=lambda _: None,
+    )
+    inputs = load_task(SPEC).example_inputs(np.random.default_rng(9), 500).astype(np.float32)
+    session = open_session((folder / made.file).read_bytes(), {})
+    outputs = session.run(None, {session.get_inputs()[0].name: inputs})
+    named = dict(zip(made.probe.tensors, map(np.asarray, outputs), strict=True))
+    question = StatisticsQuestion(of=statistics_of(made.probe.columns, exact=exact), max_rows=500)
+    vector = StatisticsVector(question, contract_of_probe(made.probe))
+    total = vector.contribution(rows_of_probe(made.probe, extremes_of(made.probe, named)))
+    answers = tuple(vector.read(total, sigma=0.0 if exact else 0.05))
+    return msgspec.structs.replace(
+        order, calibration=Calibration(probe=made.probe, answers=answers)
+    )
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "noised"])
+def test_ranges_that_devices_measured_make_three_kinds_of_static_int8(
+    tmp_path: Path, *, exact: bool
+) -> None:
+    result = build(calibrated(tmp_path, exact=exact))
+    assert isinstance(result, Built)
+    reports = {report.variant: report for report in result.variants}
+    for kind in KINDS:
+        report = reports[kind.name]
+        assert report.passed, report.cause
+        assert report.step.startswith("q0.999" if exact else "mean+1")
+        assert report.needs == kind.needs
+        assert report.relative_error is not None
+        assert 0 < report.relative_error < 0.05
+
+
+def test_answers_about_another_model_cost_static_int8_only(tmp_path: Path) -> None:
+    order = calibrated(tmp_path, exact=True)
+    assert order.calibration is not None
+    probe = order.calibration.probe
+    other = msgspec.structs.replace(probe, columns=probe.columns[1:])
+    calibration = msgspec.structs.replace(order.calibration, probe=other)
+    result = build(msgspec.structs.replace(order, calibration=calibration))
+    assert isinstance(result, Built)
+    for report in result.variants:
+        if report.variant in {kind.name for kind in KINDS}:
+            assert "the devices were not asked about" in report.cause
+    assert result.ship in {"fp32", "fp16", "int8-weights", "int8-dynamic"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from cloud_coordinator.rounds import statistics_run
+from cloud_coordinator.rounds import asking_run
 from cloud_coordinator.rounds.initial_model import contract_of
 from cloud_coordinator.rounds.worker_messages import (
     Participation,
@@ -335,7 +335,7 @@ def test_a_worker_killed_once_vectors_left_is_followed_by_one_that_finishes_the_
 def test_more_devices_than_one_sum_can_hold_are_added_up_from_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics_run, "MAX_ROSTER", 8)
+    monkeypatch.setattr(asking_run, "MAX_ROSTER", 8)
     plan = asking(Count(), noise="distributed", size=14, max_rows=40)
     fleet, host = ask(tmp_path, plan, devices=14)
 
@@ -352,7 +352,7 @@ def test_more_devices_than_one_sum_can_hold_are_added_up_from_shards(
 
 
 def test_a_lost_shard_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics_run, "MAX_ROSTER", 8)
+    monkeypatch.setattr(asking_run, "MAX_ROSTER", 8)
     fleet, host = ask(
         tmp_path, asking(Count(), noise="distributed", size=14, max_rows=40), devices=14
     )

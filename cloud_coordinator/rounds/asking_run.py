@@ -1,41 +1,39 @@
-"""A run that asks a fleet one question about its rows, and trains nothing.
+"""A run that asks a fleet one question, and trains nothing.
 
-All that comes back is the sum of the devices' vectors (shared/statistics): one secure sum, or of
-more devices than one can hold a sum for each shard. An attempt without any sum is abandoned with
-its cause, and the next one asks anew; without noise, a device that has sent its vector says so, and
-is not asked again, because the difference of two sums would be its vector.
+All that comes back is the sum of the devices' vectors: one secure sum, or of more devices than one
+can hold a sum for each shard. An attempt without any sum is abandoned with its cause, and the next
+one asks anew; without noise, a device that has sent its vector says so, and is not asked again,
+because the difference of two sums would be its vector.
 """
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from cloud_coordinator.rounds.cohort import cohort_rng, select_cohort
 from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.host import RunHost
-from cloud_coordinator.rounds.initial_model import contract_of
 from cloud_coordinator.rounds.lifecycle import RoundEvent
 from cloud_coordinator.rounds.robust import check_sum
 from cloud_coordinator.rounds.run_parts import RoundLife, RunParts, abandon_round, close_round
 from cloud_coordinator.rounds.secrecy import secrecy_of
 from cloud_coordinator.rounds.secure_sums import SecureSums
 from cloud_coordinator.rounds.secure_training import configurer
-from cloud_coordinator.rounds.sum_plan import statistics_spec
+from cloud_coordinator.rounds.sum_plan import SumQuestionSpec
 from cloud_coordinator.rounds.sum_session import GroupSum
 from cloud_coordinator.rounds.sum_work import SumOutcome, SumQuestion
 from cloud_coordinator.rounds.trained import Groups, say_started
 from cloud_coordinator.rounds.waiting import wait_for_devices
 from cloud_coordinator.rounds.worker_messages import RunFailed, RunFinished
 from shared.errors import PeerError, QuorumError
+from shared.run_plan import RunPlan
 from shared.secure_sum.accounting import sum_sigma
-from shared.secure_sum.config import MAX_ROSTER
-from shared.secure_sum.questions import statistics_question
-from shared.statistics.questions import check_question
-from shared.statistics.vectors import StatisticsVector
+from shared.secure_sum.config import MAX_ROSTER, Purpose
+from shared.statistics.blocks import Floats
+from shared.statistics.vectors import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +43,40 @@ _ALL_SPENT = (
 )
 
 
-class StatisticsRun:
-    """One life of a run that asks for statistics."""
+class Asked(Protocol):
+    """What an asking run wants to know: one vector of every device, and how their sum is read."""
 
-    def __init__(self, host: RunHost, exchange: Exchange) -> None:
-        """Lay out the question's vector; raise ConfigError where the task's data cannot answer."""
-        assert host.plan.statistics is not None, "of a plan that asks"
+    purpose: Purpose
+    length: int  # d of the vector
+    nbytes: int  # that a device downloads to answer
+
+    def spec(self, plan: RunPlan) -> SumQuestionSpec:
+        """Return what the signed configuration of each sum says."""
+        ...
+
+    def push(
+        self,
+        exchange: Exchange,
+        node_ids: Sequence[int],
+        *,
+        round_number: int,
+        ttl_s: float,
+        configs: Mapping[int, bytes],
+    ) -> dict[int, str]:
+        """Send the question; arguments and result are those of `Exchange.ask_to_train`."""
+        ...
+
+    def read(self, total: Floats, *, sigma: float) -> Sequence[Answer]:
+        """Read the sum of all vectors, shape (d,), each number with noise of ``sigma``."""
+        ...
+
+
+class AskingRun:
+    """One life of a run that asks one question."""
+
+    def __init__(self, host: RunHost, exchange: Exchange, asked: Asked) -> None:
         self._host, self._parts = host, RunParts.of(host, exchange)
-        self._question = host.plan.statistics
-        contract = contract_of(host.plan.task)
-        check_question(self._question, contract)
-        self._vector = StatisticsVector(self._question, contract)
-        self._asked = msgspec.json.encode(self._question)  # the bytes that every device digests
+        self._asked = asked
         self._sums = SecureSums(self._parts)
         self._blamed: set[str] = set()
         self._spent: set[str] = set()
@@ -99,7 +119,7 @@ class StatisticsRun:
             quorum = self._host.plan.cohort.quorum
             raise QuorumError(life.number, survivors=0, quorum=quorum, of_what="answers")
         life.advance(RoundEvent.SUM_RECOVERED)
-        answers = self._vector.read(total, sigma=math.sqrt(variance))
+        answers = self._asked.read(total, sigma=math.sqrt(variance))
         close_round(self._parts, life, cause=life.cause, answers=tuple(answers))
 
     def _ask(self, life: RoundLife) -> SumOutcome:
@@ -108,9 +128,9 @@ class StatisticsRun:
         def masked() -> None:
             life.advance(RoundEvent.COLLECTION_CLOSED)
 
-        if self._parts.scratch.load("statistics", life.number) is not None:
+        if self._parts.scratch.load(self._asked.purpose, life.number) is not None:
             life.advance(RoundEvent.COHORT_FORMED)
-            outcome = self._sums.resume("statistics", life.number, on_masked=masked)
+            outcome = self._sums.resume(self._asked.purpose, life.number, on_masked=masked)
             if outcome is not None:
                 return outcome
         shards = self._shards(life.number)
@@ -145,20 +165,13 @@ class StatisticsRun:
     def _sum_question(self, number: int, shards: Groups) -> SumQuestion:
         plan = self._host.plan
         timeout_s = plan.cohort.round_deadline_s
-        spec = statistics_spec(
-            plan,
-            length=self._vector.length,
-            norm=self._vector.norm,
-            max_rows=self._question.max_rows,
-            question_digest=statistics_question(self._asked),
-        )
         return SumQuestion(
-            purpose="statistics",
+            purpose=self._asked.purpose,
             round_number=number,
-            stage="statistics",
+            stage=self._asked.purpose,
             configure=configurer(
                 self._parts,
-                spec,
+                self._asked.spec(plan),
                 round_number=number,
                 groups=len(shards),
                 most=MAX_ROSTER,
@@ -167,14 +180,18 @@ class StatisticsRun:
             push=lambda configs, ttl_s: self._push(number, shards, configs, ttl_s),
             wanted=-(-plan.cohort.size // len(shards)),
             timeout_s=timeout_s,
-            bytes_down=len(self._asked),
+            bytes_down=self._asked.nbytes,
         )
 
     def _push(
         self, number: int, shards: Groups, configs: Mapping[int, bytes], ttl_s: float
     ) -> dict[int, str]:
-        message_ids = self._parts.exchange.ask_for_statistics(
-            self._asked, list(configs), round_number=number, ttl_s=ttl_s, configs=configs
+        message_ids = self._asked.push(
+            self._parts.exchange,
+            list(configs),
+            round_number=number,
+            ttl_s=ttl_s,
+            configs=configs,
         )
         cohort = [device for devices in shards.values() for device in devices]
         say_started(self._host, number, cohort)
@@ -182,14 +199,12 @@ class StatisticsRun:
 
     # --- from sums to answers --------------------------------------------------------------------
 
-    def _total(
-        self, outcome: SumOutcome, causes: dict[int, str]
-    ) -> tuple[NDArray[np.float64], float, int]:
+    def _total(self, outcome: SumOutcome, causes: dict[int, str]) -> tuple[Floats, float, int]:
         """Return the sum over all shards, the variance of its noise, and of how many devices.
 
         Why a shard is not in it goes into ``causes``.
         """
-        total = np.zeros(self._vector.length)
+        total = np.zeros(self._asked.length)
         variance, count = 0.0, 0
         for shard in outcome.groups:
             try:
@@ -203,7 +218,7 @@ class StatisticsRun:
             variance += _noise_variance(shard)
         return total, variance, count
 
-    def _part(self, shard: GroupSum) -> NDArray[np.float64]:
+    def _part(self, shard: GroupSum) -> Floats:
         if shard.cause:
             raise PeerError(shard.cause)
         total, exact = shard.decoded()
