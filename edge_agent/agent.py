@@ -12,6 +12,7 @@ import uuid
 import httpx
 import msgspec
 
+from edge_agent.choice import Choices, read_profile
 from edge_agent.control_link import ControlLink
 from edge_agent.data_registry import DataRegistry
 from edge_agent.deployment import Deployment
@@ -126,6 +127,7 @@ class Agent:
             self._server,
             Downloader(settings.home, http, device=enrolment.device_id, key=enrolment.key, rng=rng),
             self._note_deployment,
+            choices=Choices(settings.home, read_profile(largest_bytes=settings.model_slot_bytes)),
         )
         self._reconciler = Reconciler(state, converge=self._deployment.converge, rng=rng)
 
@@ -267,6 +269,7 @@ class Agent:
             deployment=self._deployment.state,
             serving_version=serving.version,
             serving_artifact=serving.artifact,
+            variant=serving.variant,
             cause=as_text(self._cause),
             failure=self._failure,
         )
@@ -281,6 +284,7 @@ class Agent:
             deployment=reported.deployment,
             serving_version=reported.serving_version,
             serving_artifact=reported.serving_artifact,
+            variant=reported.variant,
             inference_address=self._server.serving.address,
             cause=reported.cause,
             outbox_depth=len(self._outbox),

@@ -27,6 +27,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     deployment: DeploymentState = DeploymentState.IDLE
     serving_version: str | None = None  # digest of the manifest
     serving_artifact: str | None = None  # digest of the model file
+    variant: str = ""  # what its manifest calls that file
     inference_address: str | None = None  # host:port
     cause: str = ""  # why the last deployment failed
     outbox_depth: int = 0  # messages that the coordinator has not acknowledged

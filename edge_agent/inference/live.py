@@ -14,7 +14,7 @@ from edge_agent.inference.batcher import Batcher
 from edge_agent.inference.engine import Array, EngineOptions, release_memory
 from edge_agent.inference.metrics import Metrics
 from edge_agent.inference.model import Model, load_model
-from shared.manifest import Manifest
+from shared.manifest import Artifact, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Served:
 
     version: str
     manifest: Manifest
+    artifact: Artifact
     batcher: Batcher
 
     def infer(self, feeds: Mapping[str, Array]) -> "asyncio.Future[list[Array]]":
@@ -65,6 +66,6 @@ class LiveModel:
         batcher = Batcher(model.engine, loop=asyncio.get_running_loop(), on_run=self._metrics.ran)
         manifest = model.manifest
         self._metrics.serves(
-            model=manifest.model, version=model.version, artifact=manifest.shipped.sha256
+            model=manifest.model, version=model.version, artifact=model.artifact.sha256
         )
-        return Served(model.version, manifest, batcher)
+        return Served(model.version, manifest, model.artifact, batcher)

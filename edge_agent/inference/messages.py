@@ -27,6 +27,7 @@ class Activated(msgspec.Struct, frozen=True, kw_only=True, tag="activated"):
     model: str
     version: str  # digest of the manifest
     artifact: str  # digest of the file
+    variant: str  # what the manifest calls it
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):

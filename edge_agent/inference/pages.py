@@ -116,8 +116,8 @@ def _metadata(served: Served) -> dict[str, Any]:
         "inputs": [_tensor(spec) for spec in manifest.inputs],
         "outputs": [_tensor(spec) for spec in manifest.outputs],
         "parameters": {
-            "artifact": manifest.shipped.sha256,
-            "variant": manifest.ship,
+            "artifact": served.artifact.sha256,
+            "variant": served.artifact.variant,
             "labels": list(manifest.labels),
         },
     }

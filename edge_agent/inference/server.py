@@ -108,7 +108,8 @@ async def _activate(live: LiveModel, command: Activate) -> Activated | Refused:
         ticket=command.ticket,
         model=served.manifest.model,
         version=served.version,
-        artifact=served.manifest.shipped.sha256,
+        artifact=served.artifact.sha256,
+        variant=served.artifact.variant,
     )
 
 

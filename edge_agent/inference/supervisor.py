@@ -52,6 +52,7 @@ class ServingFacts:
     address: str  # host:port
     version: str | None = None  # digest of the manifest that is served; None: nothing is
     artifact: str | None = None  # digest of the file
+    variant: str = ""  # what its manifest calls the file
     requests: int = 0
     errors: int = 0
     p50_ms: float | None = None
@@ -216,8 +217,8 @@ class InferenceServer:
                     self._up.set()
                 else:
                     await child.send(Activate(ticket=RESTORING, slot=str(self._slot)))
-            case Activated(version=version, artifact=artifact):
-                self._note_served(version, artifact)
+            case Activated():
+                self._note_served(message)
                 self._up.set()
                 self._answer(message)
             case Refused(cause=cause):
@@ -230,9 +231,10 @@ class InferenceServer:
             case Stats():
                 self._note_stats(message)
 
-    def _note_served(self, version: str, artifact: str) -> None:
+    def _note_served(self, activated: Activated) -> None:
         """Count anew for a version that is new; a fresh child may just have its model back."""
-        facts = replace(self._facts, version=version, artifact=artifact)
+        version, artifact = activated.version, activated.artifact
+        facts = replace(self._facts, version=version, artifact=artifact, variant=activated.variant)
         known = facts.figures
         if known is None or (known.version, known.artifact) != (version, artifact):
             self._before_of_version = (0, 0)
@@ -281,7 +283,7 @@ class InferenceServer:
             if self._pending is None:  # else it died of the model that it was to load
                 figures = msgspec.structs.replace(figures, crashes=figures.crashes + 1)
         self._facts = replace(
-            self._facts, version=None, artifact=None, p50_ms=None, figures=figures
+            self._facts, version=None, artifact=None, variant="", p50_ms=None, figures=figures
         )
         if self._pending is not None and not self._pending.answer.done():
             cause = f"{ending} while it loaded the model"
