@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -25,7 +26,16 @@ MAX_HELD_BYTES = 4 * MAX_BODY_BYTES  # of all requests that are being received o
 BODY_TIMEOUT_S = 60.0
 _INLINE_BYTES = 256 * 1024  # larger bodies are parsed in a thread, so that health stays quick
 _Take = Callable[[int], None]
-_Answer = tuple[int, bytes, int | None]  # status, body, length of its JSON before binary tensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What goes back to the client."""
+
+    status: int
+    body: bytes
+    json_length: int | None = None  # of the body before compression; None: it is JSON throughout
+    encoding: str = ""  # of the body
 
 
 class InferenceApp:
@@ -50,12 +60,12 @@ class InferenceApp:
         try:
             answer = await self._infer(*target, headers, receive)
         except RequestError as error:
-            answer = error.status, protocol.render_error(str(error)), None
+            answer = _Answer(error.status, protocol.render_error(str(error)))
         except UnfitModelError as error:
-            answer = 500, protocol.render_error(str(error)), None
+            answer = _Answer(500, protocol.render_error(str(error)))
         if answer is not None:
             await _send(send, answer)
-            self._metrics.answered(answer[0], time.perf_counter() - started)
+            self._metrics.answered(answer.status, time.perf_counter() - started)
 
     async def _infer(
         self, model: str, version: str | None, headers: dict[bytes, str], receive: Receive
@@ -65,7 +75,8 @@ class InferenceApp:
             if body is None:
                 return None
             request = await self._parse(body, headers, take)
-            return await self._run(model, version, request)
+            answer = await self._run(model, version, request)
+            return await _packed(answer, headers.get(b"accept-encoding", ""))
 
     async def _receive(
         self, receive: Receive, headers: dict[bytes, str], take: _Take
@@ -118,7 +129,7 @@ class InferenceApp:
             outputs=manifest.outputs,
             results=results,
         )
-        return 200, body, json_length
+        return _Answer(200, body, json_length)
 
 
 class _Memory:
@@ -158,15 +169,26 @@ def _inference_target(scope: Scope) -> tuple[str, str | None] | None:
     return None
 
 
+async def _packed(answer: _Answer, accepted: str) -> _Answer:
+    if not accepted:
+        return answer
+    if len(answer.body) < _INLINE_BYTES:
+        body, encoding = protocol.compress(answer.body, accepted)
+    else:
+        body, encoding = await asyncio.to_thread(protocol.compress, answer.body, accepted)
+    return replace(answer, body=body, encoding=encoding)
+
+
 async def _send(send: Send, answer: _Answer) -> None:
-    status, body, json_length = answer
-    headers: list[tuple[bytes, bytes]] = [(b"content-length", str(len(body)).encode())]
-    if json_length is None:
+    headers: list[tuple[bytes, bytes]] = [(b"content-length", str(len(answer.body)).encode())]
+    if answer.encoding:
+        headers.append((b"content-encoding", answer.encoding.encode()))
+    if answer.json_length is None:
         headers.append((b"content-type", b"application/json"))
     else:
         headers.append((b"content-type", b"application/octet-stream"))
         name = protocol.JSON_LENGTH_HEADER.lower().encode()
-        headers.append((name, str(json_length).encode()))
-    start: dict[str, Any] = {"type": "http.response.start", "status": status, "headers": headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": body})
+        headers.append((name, str(answer.json_length).encode()))
+    start: dict[str, Any] = {"type": "http.response.start", "status": answer.status}
+    await send({**start, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})

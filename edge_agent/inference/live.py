@@ -24,6 +24,7 @@ class Served:
     version: str
     manifest: Manifest
     batcher: Batcher
+    provider: str  # ONNX Runtime's execution provider, the one it settled on
 
     def infer(self, feeds: Mapping[str, Array]) -> "asyncio.Future[list[Array]]":
         """Queue a request whose arrays fit the manifest's signature."""
@@ -67,4 +68,4 @@ class LiveModel:
         self._metrics.serves(
             model=manifest.model, version=model.version, artifact=manifest.shipped.sha256
         )
-        return Served(model.version, manifest, batcher)
+        return Served(model.version, manifest, batcher, model.engine.provider)

@@ -51,6 +51,8 @@ def build_pages(live: LiveModel, metrics: Metrics) -> Starlette:
             Route(versioned, pages.model_metadata),
             Route(f"{model}/ready", pages.model_ready),
             Route(f"{versioned}/ready", pages.model_ready),
+            Route(f"{model}/config", pages.model_config),
+            Route(f"{versioned}/config", pages.model_config),
             Route("/v2/repository/index", pages.index, methods=["POST"]),
             Route("/v2/repository/models/{model}/{verb}", pages.refuse_loading, methods=["POST"]),
             Route("/metrics", pages.metrics),
@@ -86,6 +88,9 @@ class _Pages:
         self._served(request)
         return JSONResponse({"ready": True})
 
+    async def model_config(self, request: Request) -> Response:
+        return JSONResponse(_config(self._served(request)))
+
     async def index(self, _request: Request) -> Response:
         now = self._live.now
         rows: list[dict[str, str]] = []
@@ -119,7 +124,34 @@ def _metadata(served: Served) -> dict[str, Any]:
             "artifact": manifest.shipped.sha256,
             "variant": manifest.ship,
             "labels": list(manifest.labels),
+            "execution_provider": served.provider,
         },
+    }
+
+
+def _config(served: Served) -> dict[str, Any]:
+    """Return what Triton's clients call the model's configuration.
+
+    Its ``max_batch_size`` of 0 says that shapes are given whole, the batch among them.
+    """
+    manifest = served.manifest
+    provider = {"string_value": served.provider}
+    return {
+        "name": manifest.model,
+        "platform": "onnxruntime_onnx",
+        "backend": "onnxruntime",
+        "max_batch_size": 0,
+        "input": [_configured(spec) for spec in manifest.inputs],
+        "output": [_configured(spec) for spec in manifest.outputs],
+        "parameters": {"execution_provider": provider},
+    }
+
+
+def _configured(spec: TensorSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "data_type": f"TYPE_{spec.datatype}",
+        "dims": list(spec.shape),
     }
 
 

@@ -9,6 +9,7 @@ status and one sentence that names what was wanted and what came.
 """
 
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ JSON_WEIGHT = 12
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 # Which kinds of numbers may fill a tensor from JSON: never a fraction into an integer.
 _KINDS = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}
+_LEAST_PACKED_BYTES = 1024  # a smaller answer takes longer to pack than to send
 _WINDOW_BITS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 
 
@@ -110,6 +112,30 @@ def decompress(body: bytes, encoding: str, *, limit_bytes: int) -> bytes:
     if not unpacker.eof or unpacker.unused_data:
         raise RequestError(f"the {encoding} body is cut off or followed by something else")
     return content
+
+
+def compress(body: bytes, accepted: str) -> tuple[bytes, str]:
+    """Pack an answer if its client takes it packed.
+
+    Args:
+        body: of the answer.
+        accepted: the request's Accept-Encoding.
+
+    Returns:
+        The body to send and its Content-Encoding, empty where it goes as it is.
+    """
+    offers = [offer.strip().lower().split(";") for offer in accepted.split(",")]
+    wanted = {name.strip() for name, *weight in offers if not _is_zero(weight)}
+    encoding = next((name for name in _WINDOW_BITS if name in wanted), "")
+    if not encoding or len(body) < _LEAST_PACKED_BYTES:
+        return body, ""
+    packer = zlib.compressobj(zlib.Z_BEST_SPEED, zlib.DEFLATED, _WINDOW_BITS[encoding])
+    return packer.compress(body) + packer.flush(), encoding
+
+
+def _is_zero(weight: list[str]) -> bool:
+    """Whether an offer says that its encoding is not wanted, as in ``gzip;q=0``."""
+    return any(re.fullmatch(r"\s*q=0(\.0*)?\s*", part) for part in weight)
 
 
 def too_large(limit_bytes: int) -> RequestError:

@@ -108,6 +108,40 @@ async def test_triton_gets_the_models_answer_in_every_form(
     assert answer.get_response()["model_version"] == VERSION.digest
 
 
+@pytest.mark.parametrize("packing", ["gzip", "deflate"])
+async def test_triton_unpacks_our_large_answers(serving: InferenceServer, packing: str) -> None:
+    rows = np.ones((2000, FEATURES), np.float32)
+
+    def infer(client: Any) -> Any:
+        return client.infer("tiny", [tensor(rows)], response_compression_algorithm=packing)
+
+    answer = await ask_triton(serving, infer)
+    np.testing.assert_allclose(answer.as_numpy("y"), rows @ VERSION.weights, rtol=1e-5)
+
+
+async def test_a_large_answer_travels_packed_to_who_accepts_it(client: httpx.AsyncClient) -> None:
+    body = as_json(np.ones((2000, FEATURES), np.float32))
+    packed = await client.post(
+        "/v2/models/tiny/infer", json=body, headers={"accept-encoding": "gzip"}
+    )
+    assert packed.headers["content-encoding"] == "gzip"
+    assert int(packed.headers["content-length"]) < 10_000
+    plain = await client.post(
+        "/v2/models/tiny/infer", json=body, headers={"accept-encoding": "identity"}
+    )
+    assert "content-encoding" not in plain.headers
+    assert plain.json() == packed.json()
+
+
+async def test_triton_reads_the_configuration(serving: InferenceServer) -> None:
+    config = await ask_triton(serving, lambda c: c.get_model_config("tiny", VERSION.digest))
+    assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 4]}]
+    assert config["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": [-1, 3]}]
+    assert config["parameters"]["execution_provider"]["string_value"] == "CPUExecutionProvider"
+    with pytest.raises(InferenceServerException, match="other is not served here"):
+        await ask_triton(serving, lambda c: c.get_model_config("other"))
+
+
 async def test_triton_gets_binary_outputs_when_it_names_none(serving: InferenceServer) -> None:
     answer = await ask_triton(
         serving, lambda c: c.infer("tiny", [tensor(ROWS)], model_version=VERSION.digest)
