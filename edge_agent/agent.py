@@ -251,6 +251,8 @@ class Agent:
             serving_version=reported.serving_version,
             serving_artifact=reported.serving_artifact,
             inference_address=self._server.serving.address,
+            labelled=self._server.serving.labelled,
+            correct=self._server.serving.correct,
             cause=reported.cause,
             outbox_depth=len(self._outbox),
             refused_messages=self._link.refused,

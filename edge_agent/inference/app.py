@@ -15,9 +15,9 @@ from urllib.parse import unquote
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_agent.inference import protocol
-from edge_agent.inference.live import LiveModel
+from edge_agent.inference.answering import Answering
 from edge_agent.inference.metrics import Metrics
-from edge_agent.inference.pages import build_pages, served_as, unknown_model
+from edge_agent.inference.pages import build_pages
 from edge_agent.inference.protocol import InferRequest, RequestError
 from shared.errors import UnfitModelError
 
@@ -36,16 +36,17 @@ class _Answer:
     body: bytes
     json_length: int | None = None  # of the body before compression; None: it is JSON throughout
     encoding: str = ""  # of the body
+    number: int | None = None  # for feedback
 
 
 class InferenceApp:
     """Routes requests, reads their bodies within limits, and answers."""
 
     def __init__(
-        self, live: LiveModel, metrics: Metrics, *, max_body_bytes: int = MAX_BODY_BYTES
+        self, answering: Answering, metrics: Metrics, *, max_body_bytes: int = MAX_BODY_BYTES
     ) -> None:
-        self._live, self._metrics = live, metrics
-        self._pages: ASGIApp = build_pages(live, metrics)
+        self._answering, self._metrics = answering, metrics
+        self._pages: ASGIApp = build_pages(answering, metrics)
         self._max_body_bytes = max_body_bytes
         self._memory = _Memory(MAX_HELD_BYTES)
 
@@ -115,21 +116,16 @@ class InferenceApp:
         return await asyncio.to_thread(protocol.parse, body, json_length)
 
     async def _run(self, model: str, version: str | None, request: InferRequest) -> _Answer:
-        # No await between reading what is served and queueing there: a swap drains the queue.
-        served = served_as(self._live, model, version)
-        if served is None:
-            raise RequestError(unknown_model(self._live, model, version), status=404)
-        manifest = served.manifest
-        feeds = protocol.match(request, manifest.inputs, manifest.outputs)
-        results = await served.infer(feeds)
+        answer = await self._answering.infer(model, version, request)
+        manifest = answer.served.manifest
         body, json_length = protocol.render(
             request,
             model=manifest.model,
-            version=served.version,
+            version=answer.served.version,
             outputs=manifest.outputs,
-            results=results,
+            results=answer.results,
         )
-        return _Answer(200, body, json_length)
+        return _Answer(200, body, json_length, number=answer.number)
 
 
 class _Memory:
@@ -181,6 +177,8 @@ async def _packed(answer: _Answer, accepted: str) -> _Answer:
 
 async def _send(send: Send, answer: _Answer) -> None:
     headers: list[tuple[bytes, bytes]] = [(b"content-length", str(len(answer.body)).encode())]
+    if answer.number is not None:
+        headers.append((protocol.ANSWER_HEADER.lower().encode(), str(answer.number).encode()))
     if answer.encoding:
         headers.append((b"content-encoding", answer.encoding.encode()))
     if answer.json_length is None:

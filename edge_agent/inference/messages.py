@@ -42,6 +42,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     requests: int
     errors: int  # requests that failed by our fault; a client's mistakes are not among them
     p50_ms: float | None  # median over the latest requests, from first byte to last
+    labelled: int = 0  # rows of the version served now for which a label came back
+    correct: int = 0  # rows among them that were right
 
 
 FromServer = ServerReady | Activated | Refused | Stats

@@ -7,6 +7,7 @@ answered for its index alone and not announced.
 from importlib.metadata import version as version_of
 from typing import Any
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,32 +15,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from edge_agent.inference.live import LiveModel, Served
+from edge_agent.inference import feedback, protocol
+from edge_agent.inference.answering import Answering
+from edge_agent.inference.live import Served
 from edge_agent.inference.metrics import Metrics
+from edge_agent.inference.protocol import RequestError
 from shared.manifest import TensorSpec
 
 _NOT_READY = 400  # the protocol asks for a 4xx where ready is false
 
 
-def unknown_model(live: LiveModel, model: str, version: str | None) -> str:
-    """Return the sentence for a model or version that is not served."""
-    if live.now is None:
-        return "no model is served yet; the coordinator deploys one"
-    named = model if version is None else f"{model} version {version}"
-    return f"{named} is not served here; this is {live.now.manifest.model} {live.now.version}"
-
-
-def served_as(live: LiveModel, model: str, version: str | None) -> Served | None:
-    """Return what is served if it goes by that name and version."""
-    now = live.now
-    if now is None or model != now.manifest.model or version not in {None, now.version}:
-        return None
-    return now
-
-
-def build_pages(live: LiveModel, metrics: Metrics) -> Starlette:
+def build_pages(answering: Answering, metrics: Metrics) -> Starlette:
     """Return the ASGI app of all paths but inference."""
-    pages = _Pages(live, metrics)
+    pages = _Pages(answering, metrics)
     model = "/v2/models/{model}"
     versioned = f"{model}/versions/{{version}}"
     return Starlette(
@@ -55,15 +43,16 @@ def build_pages(live: LiveModel, metrics: Metrics) -> Starlette:
             Route(f"{versioned}/config", pages.model_config),
             Route("/v2/repository/index", pages.index, methods=["POST"]),
             Route("/v2/repository/models/{model}/{verb}", pages.refuse_loading, methods=["POST"]),
+            Route("/v1/feedback", pages.feedback, methods=["POST"]),
             Route("/metrics", pages.metrics),
         ],
-        exception_handlers={HTTPException: _as_json},
+        exception_handlers={HTTPException: _as_json, RequestError: _refused},
     )
 
 
 class _Pages:
-    def __init__(self, live: LiveModel, metrics: Metrics) -> None:
-        self._live, self._metrics = live, metrics
+    def __init__(self, answering: Answering, metrics: Metrics) -> None:
+        self._answering, self._metrics = answering, metrics
 
     async def server_metadata(self, _request: Request) -> Response:
         return JSONResponse(
@@ -78,7 +67,7 @@ class _Pages:
         return JSONResponse({"live": True})
 
     async def ready(self, _request: Request) -> Response:
-        ready = self._live.now is not None
+        ready = self._answering.live.now is not None
         return JSONResponse({"ready": ready}, status_code=200 if ready else _NOT_READY)
 
     async def model_metadata(self, request: Request) -> Response:
@@ -92,7 +81,7 @@ class _Pages:
         return JSONResponse(_config(self._served(request)))
 
     async def index(self, _request: Request) -> Response:
-        now = self._live.now
+        now = self._answering.live.now
         rows: list[dict[str, str]] = []
         if now is not None:
             row = {"name": now.manifest.model, "version": now.version}
@@ -102,14 +91,21 @@ class _Pages:
     async def refuse_loading(self, _request: Request) -> Response:
         raise HTTPException(403, "models are deployed by the coordinator, not loaded by clients")
 
+    async def feedback(self, request: Request) -> Response:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > feedback.MAX_BODY_BYTES:
+                raise protocol.too_large(feedback.MAX_BODY_BYTES)
+        receipt = self._answering.feedback.accept(bytes(body))
+        return Response(msgspec.json.encode(receipt), media_type="application/json")
+
     async def metrics(self, _request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     def _served(self, request: Request) -> Served:
-        model, version = request.path_params["model"], request.path_params.get("version")
-        if served := served_as(self._live, model, version):
-            return served
-        raise HTTPException(404, unknown_model(self._live, model, version))
+        path = request.path_params
+        return self._answering.served_as(path["model"], path.get("version"))
 
 
 def _metadata(served: Served) -> dict[str, Any]:
@@ -157,6 +153,11 @@ def _configured(spec: TensorSpec) -> dict[str, Any]:
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return JSONResponse({"error": str(error)}, status_code=error.status)
 
 
 async def _as_json(_request: Request, error: Exception) -> Response:

@@ -29,6 +29,7 @@ MAX_JSON_BYTES = 8 * 1024 * 1024
 # Memory that one byte of JSON takes while it is read: numbers about 11 bytes, empty lists 33.
 JSON_WEIGHT = 12
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+ANSWER_HEADER = "Shoal-Answer"  # number of an answer, under which feedback may name it
 # Which kinds of numbers may fill a tensor from JSON: never a fraction into an integer.
 _KINDS = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}
 _LEAST_PACKED_BYTES = 1024  # a smaller answer takes longer to pack than to send

@@ -18,7 +18,9 @@ import msgspec
 import uvicorn
 import uvloop
 
+from edge_agent.inference.answering import Answering
 from edge_agent.inference.app import InferenceApp
+from edge_agent.inference.feedback import Feedback
 from edge_agent.inference.live import LiveModel
 from edge_agent.inference.messages import Activate, Activated, Refused, ServerReady, Stats
 from edge_agent.inference.metrics import Metrics
@@ -47,9 +49,10 @@ def main() -> None:
 async def _serve(link: ParentLink[Activate], listener: socket.socket) -> None:
     metrics = Metrics()
     live = LiveModel(metrics)
+    answering = Answering(live, Feedback(metrics.registry))
     server = uvicorn.Server(
         uvicorn.Config(
-            InferenceApp(live, metrics),
+            InferenceApp(answering, metrics),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -64,7 +67,7 @@ async def _serve(link: ParentLink[Activate], listener: socket.socket) -> None:
         obey = _obey(_commands(link), live, link.send, server)
         jobs = [
             group.create_task(obey, name="obey"),
-            group.create_task(_report(metrics, link.send), name="report"),
+            group.create_task(_report(answering, metrics, link.send), name="report"),
         ]
         await server.serve(sockets=[listener])
         for job in jobs:
@@ -112,14 +115,27 @@ async def _activate(live: LiveModel, command: Activate) -> Activated | Refused:
     )
 
 
-async def _report(metrics: Metrics, say: Say) -> None:
+async def _report(answering: Answering, metrics: Metrics, say: Say) -> None:
     """Tell the parent the counts whenever they changed, at most every `_STATS_EVERY_S`."""
-    said = 0
+    said: Stats | None = None
     while True:
         await asyncio.sleep(_STATS_EVERY_S)
-        if metrics.requests != said:
-            said = metrics.requests
-            say(Stats(requests=said, errors=metrics.errors, p50_ms=metrics.p50_ms))
+        if (stats := _stats(answering, metrics)) != said:
+            said = stats
+            say(stats)
+
+
+def _stats(answering: Answering, metrics: Metrics) -> Stats:
+    # Not inlined: a local variable would keep a replaced model in memory while its caller sleeps.
+    now = answering.live.now
+    labels = answering.feedback.counts(None if now is None else now.version)
+    return Stats(
+        requests=metrics.requests,
+        errors=metrics.errors,
+        p50_ms=metrics.p50_ms,
+        labelled=labels.labelled,
+        correct=labels.correct,
+    )
 
 
 if __name__ == "__main__":

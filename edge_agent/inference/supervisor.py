@@ -52,6 +52,8 @@ class ServingFacts:
     requests: int = 0
     errors: int = 0
     p50_ms: float | None = None
+    labelled: int = 0  # rows for which a label came back, of this version in this child
+    correct: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +223,15 @@ class InferenceServer:
                     self._on_loss()
                 self._up.set()
                 self._answer(message)
-            case Stats(requests=requests, errors=errors, p50_ms=p50_ms):
+            case Stats():
                 before = self._before
                 self._facts = replace(
                     self._facts,
-                    requests=before[0] + requests,
-                    errors=before[1] + errors,
-                    p50_ms=p50_ms,
+                    requests=before[0] + message.requests,
+                    errors=before[1] + message.errors,
+                    p50_ms=message.p50_ms,
+                    labelled=message.labelled,
+                    correct=message.correct,
                 )
 
     def _answer(self, message: Activated | Refused) -> None:
@@ -245,7 +249,9 @@ class InferenceServer:
         self._child = None
         self._up.clear()
         self._before = (self._facts.requests, self._facts.errors)
-        self._facts = replace(self._facts, version=None, artifact=None, p50_ms=None)
+        self._facts = replace(
+            self._facts, version=None, artifact=None, p50_ms=None, labelled=0, correct=0
+        )
         if self._pending is not None and not self._pending.answer.done():
             cause = f"{ending} while it loaded the model"
             self._pending.answer.set_exception(UnfitModelError(cause))

@@ -253,6 +253,38 @@ async def test_metrics_tell_requests_errors_latency_and_what_is_served(
     assert serving.serving.p50_ms is not None
 
 
+async def test_labels_that_come_back_are_counted_and_reported_to_the_daemon(
+    client: httpx.AsyncClient, serving: InferenceServer
+) -> None:
+    predicted = WANTED.argmax(axis=1).tolist()
+    await client.post("/v2/models/tiny/infer", json={**as_json(ROWS), "id": "part-1"})
+    answer = await client.post("/v2/models/tiny/infer", json=as_json(ROWS))
+    wrong = [(predicted[0] + 1) % 3, predicted[1]]
+    labelled = [
+        {"id": "part-1", "labels": predicted},
+        {"answer": int(answer.headers["shoal-answer"]), "labels": wrong},
+        {"id": "never asked", "labels": [0]},
+    ]
+    response = await client.post("/v1/feedback", json={"answers": labelled})
+    assert response.json() == {"labelled": 4, "correct": 3, "unknown": 1}
+    text = (await client.get("/metrics")).text
+    assert f'shoal_feedback_labelled_total{{version="{VERSION.digest}"}} 4.0' in text
+    assert f'shoal_feedback_correct_total{{version="{VERSION.digest}"}} 3.0' in text
+    await until(lambda: serving.serving.labelled == 4)
+    assert serving.serving.correct == 3
+
+
+async def test_feedback_that_is_not_understood_or_endless_is_refused_in_json(
+    client: httpx.AsyncClient,
+) -> None:
+    refused = await client.post("/v1/feedback", content=b"{")
+    assert refused.status_code == 400
+    assert "the feedback is not understood" in refused.json()["error"]
+    endless = await client.post("/v1/feedback", content=bytes(1024 * 1024 + 1))
+    assert endless.status_code == 413
+    assert "over the limit of 1048576 bytes" in endless.json()["error"]
+
+
 async def test_many_clients_at_once_all_get_their_own_answer(client: httpx.AsyncClient) -> None:
     async def ask(number: int) -> bool:
         values = np.full((1, FEATURES), number, np.float32)
