@@ -94,6 +94,7 @@ class Agent:
             settings.inference_host,
             settings.inference_port,
             rng=rng,
+            grpc_port=settings.grpc_port,
             on_loss=self._note_loss,
         )
         self._link = ControlLink(
@@ -251,6 +252,7 @@ class Agent:
             serving_version=reported.serving_version,
             serving_artifact=reported.serving_artifact,
             inference_address=self._server.serving.address,
+            grpc_address=self._server.serving.grpc_address,
             labelled=self._server.serving.labelled,
             correct=self._server.serving.correct,
             cause=reported.cause,

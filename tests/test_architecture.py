@@ -37,6 +37,7 @@ DOORS = {
     ),
     "onnx": ("cloud_coordinator/models/",),
     "onnxruntime": ("cloud_coordinator/models/", "edge_agent/inference/", "simulations/"),
+    "grpc": ("edge_agent/inference/grpc_server.py",),
     "aiomqtt": ("shared/mqtt.py",),
     "sqlalchemy": ("cloud_coordinator/",),
     "fastapi": ("cloud_coordinator/",),

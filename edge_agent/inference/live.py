@@ -50,7 +50,9 @@ class LiveModel:
             old, self.now = self.now, self._serve(model)
             del model
             if old is not None:
-                await asyncio.to_thread(old.batcher.close)
+                # A thread of the pool lets go of its call a little late. This one holds no model,
+                # or the old one's memory would sometimes be freed after it is handed back below.
+                await asyncio.to_thread(old.batcher.end().join)
                 del old
         finally:
             release_memory()

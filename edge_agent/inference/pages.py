@@ -89,7 +89,7 @@ class _Pages:
         return JSONResponse(rows)
 
     async def refuse_loading(self, _request: Request) -> Response:
-        raise HTTPException(403, "models are deployed by the coordinator, not loaded by clients")
+        raise RequestError(protocol.NO_LOADING, status=403)
 
     async def feedback(self, request: Request) -> Response:
         body = bytearray()

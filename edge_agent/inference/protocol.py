@@ -29,6 +29,7 @@ MAX_JSON_BYTES = 8 * 1024 * 1024
 # Memory that one byte of JSON takes while it is read: numbers about 11 bytes, empty lists 33.
 JSON_WEIGHT = 12
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+NO_LOADING = "models are deployed by the coordinator, not loaded by clients"
 ANSWER_HEADER = "Shoal-Answer"  # number of an answer, under which feedback may name it
 # Which kinds of numbers may fill a tensor from JSON: never a fraction into an integer.
 _KINDS = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}
@@ -236,6 +237,26 @@ def render(
     return (b"".join((head, *chunks)), len(head)) if chunks else (head, None)
 
 
+def from_bytes(name: str, datatype: str, shape: tuple[int, ...], content: bytes) -> Array:
+    """Return one tensor that came as little-endian, row-major bytes.
+
+    Raises:
+        RequestError: its type is unknown, or its shape and length do not fit.
+    """
+    parameters = _Parameters(binary_data_size=len(content))
+    tensor = _Input(name, _dimensions(name, shape), datatype, parameters)
+    return _values(tensor, memoryview(content))[0]
+
+
+def from_numbers(name: str, datatype: str, shape: tuple[int, ...], numbers: Array) -> Array:
+    """Return one tensor of a known type that came as numbers.
+
+    Raises:
+        RequestError: they do not fit its shape or type.
+    """
+    return _fitted(_Input(name, _dimensions(name, shape), datatype), numbers)
+
+
 def render_error(message: str) -> bytes:
     """Return the one form of error that clients of the protocol can read."""
     return orjson.dumps({"error": message})
@@ -290,14 +311,25 @@ def _values(tensor: _Input, rest: memoryview) -> tuple[Array, memoryview]:
     return _shaped(np.frombuffer(rest[:size], dtype), tensor), rest[size:]
 
 
+def _dimensions(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) > _MOST_DIMENSIONS or any(dim < 0 for dim in shape):
+        raise RequestError(f"input {name!r} has a shape that no array can have")
+    return shape
+
+
 def _from_json(tensor: _Input) -> Array:
     """Read numbers from JSON, flat or nested like the shape."""
-    dtype = DTYPES[tensor.datatype]
     assert isinstance(tensor.data, msgspec.Raw)
     try:
         found = np.asarray(msgspec.json.decode(tensor.data))
     except (*NOT_JSON, ValueError) as error:
         raise RequestError(f"input {tensor.name!r} is not an even array of numbers") from error
+    return _fitted(tensor, found)
+
+
+def _fitted(tensor: _Input, found: Array) -> Array:
+    """Give numbers the type and shape of their tensor, if they fit without loss."""
+    dtype = DTYPES[tensor.datatype]
     if found.size and found.dtype.kind not in _KINDS[dtype.kind]:
         raise RequestError(f"input {tensor.name!r} holds other values than {tensor.datatype}")
     if found.size != math.prod(tensor.shape) or found.ndim not in {1, len(tensor.shape)}:

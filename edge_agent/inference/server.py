@@ -8,6 +8,7 @@ imports none of torch, onnx, flwr, SQLAlchemy, FastAPI, pandas or scipy.
 import argparse
 import asyncio
 import contextlib
+import importlib
 import logging
 import socket
 import threading
@@ -40,13 +41,14 @@ def main() -> None:
     die_with_parent()
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--fd", type=int, required=True, help="number of the listening socket")
+    parser.add_argument("--grpc", metavar="HOST:PORT", help="serve gRPC there, too")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     link: ParentLink[Activate] = ParentLink(Activate)
-    uvloop.run(_serve(link, socket.socket(fileno=arguments.fd)))
+    uvloop.run(_serve(link, socket.socket(fileno=arguments.fd), arguments.grpc))
 
 
-async def _serve(link: ParentLink[Activate], listener: socket.socket) -> None:
+async def _serve(link: ParentLink[Activate], listener: socket.socket, grpc: str | None) -> None:
     metrics = Metrics()
     live = LiveModel(metrics)
     answering = Answering(live, Feedback(metrics.registry))
@@ -63,7 +65,12 @@ async def _serve(link: ParentLink[Activate], listener: socket.socket) -> None:
             timeout_graceful_shutdown=_DRAIN_S,
         )
     )
-    async with asyncio.TaskGroup() as group:
+    async with contextlib.AsyncExitStack() as doors, asyncio.TaskGroup() as group:
+        if grpc is not None:
+            # Imported here alone: without gRPC, a server shall not carry its memory.
+            module = importlib.import_module("edge_agent.inference.grpc_server")
+            grpc_server = await module.start_grpc(answering, metrics, grpc)
+            doors.push_async_callback(grpc_server.stop, _DRAIN_S)
         obey = _obey(_commands(link), live, link.send, server)
         jobs = [
             group.create_task(obey, name="obey"),
