@@ -40,7 +40,7 @@ DOORS = {
     "grpc": ("edge_agent/inference/grpc_server.py",),
     "aiomqtt": ("shared/mqtt.py",),
     "sqlalchemy": ("cloud_coordinator/",),
-    "fastapi": ("cloud_coordinator/",),
+    "fastapi": ("cloud_coordinator/", "simulations/benchmarks/fastapi_serving.py"),
 }
 
 
