@@ -101,6 +101,7 @@ class Agent:
             settings.inference_host,
             settings.inference_port,
             rng=rng,
+            grpc_port=settings.grpc_port,
             on_loss=self._note_loss,
         )
         self._link = ControlLink(
@@ -286,6 +287,9 @@ class Agent:
             serving_artifact=reported.serving_artifact,
             variant=reported.variant,
             inference_address=self._server.serving.address,
+            grpc_address=self._server.serving.grpc_address,
+            labelled=self._server.serving.labelled,
+            correct=self._server.serving.correct,
             cause=reported.cause,
             outbox_depth=len(self._outbox),
             refused_messages=self._link.refused,

@@ -23,6 +23,12 @@ class AgentSettings(BaseSettings):
         ge=1,
         description="Largest model file; two are kept, and several while one is chosen",
     )
+    grpc_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port on which the model is also served by gRPC; 0 takes a free one",
+    )
     telemetry_interval_s: float = Field(
         default=60.0, ge=0.1, le=86400, description="Seconds between two telemetry messages"
     )

@@ -25,6 +25,7 @@ class Served:
     manifest: Manifest
     artifact: Artifact
     batcher: Batcher
+    provider: str  # ONNX Runtime's execution provider, the one it settled on
 
     def infer(self, feeds: Mapping[str, Array]) -> "asyncio.Future[list[Array]]":
         """Queue a request whose arrays fit the manifest's signature."""
@@ -50,7 +51,9 @@ class LiveModel:
             old, self.now = self.now, self._serve(model)
             del model
             if old is not None:
-                await asyncio.to_thread(old.batcher.close)
+                # A thread of the pool lets go of its call a little late. This one holds no model,
+                # or the old one's memory would sometimes be freed after it is handed back below.
+                await asyncio.to_thread(old.batcher.end().join)
                 del old
         finally:
             release_memory()
@@ -68,4 +71,4 @@ class LiveModel:
         self._metrics.serves(
             model=manifest.model, version=model.version, artifact=model.artifact.sha256
         )
-        return Served(model.version, manifest, model.artifact, batcher)
+        return Served(model.version, manifest, model.artifact, batcher, model.engine.provider)

@@ -19,8 +19,9 @@ from shared.errors import UnavailableError, UnfitModelError
 TIME_LIMIT_S = 60.0
 BASE_ALLOWANCE_BYTES = 768 * 1024**2  # for threads, buffers and activations of any model
 COPIES = 4  # of the weights, while ONNX Runtime parses, optimises and packs them
-# What one process gets of the environment of all: small heaps, no thread pools of its own.
-CHILD_ENV = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+# What one process gets of the environment of all: no thread pools of its own, and one heap, because
+# a second would stay as large as it ever was: malloc_trim cuts the end of the first alone.
+CHILD_ENV = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 Verdict = SelfTestResult | UnfitModelError
 _ANSWER: Any = SelfTestAnswer
