@@ -17,7 +17,6 @@ from onnx import TensorProto, helper
 
 from shared.errors import UnfitModelError
 from shared.statistics.probes import MAX_COLUMNS, ProbeColumn, Side
-from shared.statistics.questions import Mean, Quantiles, Statistic
 from shared.statistics.vectors import Answer
 from shared.tasks.contract import DataContract
 
@@ -31,7 +30,6 @@ _NEVER_NEGATIVE = {"Relu", "Sigmoid", "Softmax"}
 _REACH = 4.0  # octaves; the smaller side of a tensor is looked for this far below the larger one
 _SMALLEST = 2.0**-24  # of a range: below it float32 outputs of order 1 do not change
 _MOST_NOISE = 1.0  # octaves of standard error; more hides what a range is
-_LEVELS = 8  # steps of 1/32 octave
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +120,6 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
             result.graph.node.append(helper.make_node("Identity", [name], [output]))
         result.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
     return result
-
-
-def statistics_of(columns: Sequence[ProbeColumn], *, exact: bool) -> tuple[Statistic, ...]:
-    """Return what to ask of each column: quantiles where sums are exact, else what noise leaves."""
-    if exact:
-        at = tuple(float(step.figure[1:]) for step in reversed(EXACT_STEPS))
-        return tuple(Quantiles(feature=c.feature, at=at, levels=_LEVELS) for c in columns)
-    return tuple(Mean(feature=c.feature) for c in columns)
 
 
 def steps_for(answers: Sequence[Answer]) -> tuple[RangeStep, ...]:

@@ -167,6 +167,11 @@ class ModelService:
         with self._database.transaction() as session:
             return _by_digest(session, version)
 
+    def built_of(self, run_id: str) -> ModelVersionRow:
+        """Return what was built of a run, with its variants; raise NotFoundError for nothing."""
+        with self._database.transaction() as session:
+            return _of_run(session, run_id)
+
     def manifest_bytes(self, version: str) -> bytes:
         """Return the sealed manifest; raise NotFoundError for an unknown version."""
         sealed = self.version(version).sealed
@@ -316,12 +321,10 @@ class ModelService:
 
     def _sign(self, run_id: str, plan: RunPlan) -> str:
         with self._database.transaction() as session:
-            row = session.get(ModelVersionRow, run_id)
-            if row is None or row.built is None:
-                raise NotFoundError(f"no model version was built of run {run_id!r}")
+            row = _of_run(session, run_id)
             if row.version is not None:
                 return row.version
-            built = msgspec.json.decode(row.built, type=Built)
+            built = msgspec.json.decode(row.built or b"", type=Built)
             signed = sign_manifest(_manifest(row, plan, built, now=self._clock()), self._key)
             _move(
                 session,
@@ -369,6 +372,13 @@ def _by_digest(session: Session, version: str) -> ModelVersionRow:
         raise NotFoundError(
             f"there is no model version {version[:80]!r}; 'shoal model list' shows all of them"
         )
+    return row
+
+
+def _of_run(session: Session, run_id: str) -> ModelVersionRow:
+    row = session.get(ModelVersionRow, run_id)
+    if row is None or row.built is None:
+        raise NotFoundError(f"no model version was built of run {run_id!r}")
     return row
 
 
