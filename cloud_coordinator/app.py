@@ -285,8 +285,9 @@ class Coordinator:
         """
         began = utc_now() - spare
         protect = self.rollouts.versions_in_use()
-        keep = self.records.blobs_in_use() | self.models.blobs_to_keep(protect=protect)
-        keep |= self.steps.blobs_in_use()
+        active = {row.run_id for row in self.records.active()}
+        keep = self.records.blobs_in_use() | self.steps.blobs_in_use()
+        keep |= self.models.blobs_to_keep(protect=protect, active=active)
         if removed := self.blobs.collect(keep, before=began):
             logger.info("removed %d blobs that nothing needs any more", removed)
 

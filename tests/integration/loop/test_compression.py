@@ -147,13 +147,3 @@ def test_the_commands_show_what_was_done(fleet: LocalFleet) -> None:
     for words in ("ranges of", "measured by run", "compute what torch does", "version"):
         assert words in shown
     assert job["run_id"] in fleet.command("cloud_coordinator", "compression", "list", *home)
-
-
-def test_a_compression_that_is_stopped_ends_the_run_that_asks_devices(fleet: LocalFleet) -> None:
-    run_id = fleet.post("/v1/runs", plan("halted"))["run_id"]
-    asking = until_calibrating(fleet, run_id)
-    home = ("--home", str(fleet.coordinator_home))
-    stopped = fleet.command("cloud_coordinator", "compression", "stop", run_id, *home)
-    assert f"{run_id} is ending" in stopped
-    assert wait_for_state(fleet, run_id, ENDED)["state"] == "stopped"
-    assert wait_for_state(fleet, asking, ENDED)["state"] == "stopped"
