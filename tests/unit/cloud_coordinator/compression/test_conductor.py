@@ -1,11 +1,12 @@
 """A compression from its first step to its last, through failures and crashes of everything."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from cloud_coordinator.database import Database
 from cloud_coordinator.migrations.tables import METADATA
 from cloud_coordinator.models.pipeline_messages import Calibration
 from cloud_coordinator.models.service import ModelService
+from cloud_coordinator.rounds.plan_explanation import explain
 from cloud_coordinator.runs.records import RunDetails
 from cloud_coordinator.runs.tables import RunRow
 from shared.compression_plan import CompressionPlan
@@ -234,3 +236,30 @@ def test_a_run_with_noise_of_the_coordinators_asks_for_ranges_under_the_devices_
     asked = plan.calibration(StatisticsQuestion(of=(Count(),)))
     assert asked.privacy.noise == "distributed"
     assert (asked.name, asked.compression) == ("nightly-calibrate", None)
+
+
+@pytest.mark.parametrize(
+    ("noise", "size", "words"),
+    [
+        ("none", 30, "exactly, so owners' policies must say exact_sums = true"),
+        ("distributed", 200, r"noise moves each of 8 ranges by about ±0\.15 octaves$"),
+        ("distributed", 18, r"±[\d.]+ octaves$"),
+    ],
+)
+def test_who_starts_a_run_hears_what_ranges_cost(
+    noise: Literal["none", "distributed"], size: int, words: str
+) -> None:
+    plan = msgspec.structs.replace(
+        PLAN,
+        cohort=CohortPlan(size=size),
+        compression=CompressionPlan(calibration_noise=noise),
+    )
+    (line,) = [line for line in explain(plan) if line.startswith("ranges for static int8")]
+    assert re.search(words, line), line
+
+
+def test_who_starts_a_run_of_few_devices_hears_that_noise_leaves_no_ranges() -> None:
+    privacy = PrivacyPlan(at_least=4)
+    plan = msgspec.structs.replace(PLAN, cohort=CohortPlan(size=6), privacy=privacy)
+    (line,) = [line for line in explain(plan) if line.startswith("ranges for static int8")]
+    assert "octaves, more than the 1 that leave it any use" in line
