@@ -39,6 +39,7 @@ from cloud_coordinator.devices.service import DeviceService
 from cloud_coordinator.flower.superlink import SuperLink
 from cloud_coordinator.keys import FLEET_KEY_BESIDE, FLEET_KEY_FILE, Keys, load_keys
 from cloud_coordinator.models import api as models_api
+from cloud_coordinator.models.catalogue import Catalogue
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.rollouts import api as rollouts_api
 from cloud_coordinator.rollouts.service import RolloutService
@@ -64,7 +65,7 @@ from shared.errors import (
     UnfitModelError,
 )
 from shared.files import make_folder
-from shared.messages import Envelope, Hello, utc_now
+from shared.messages import Envelope, Health, Hello, Reported, utc_now
 from shared.secure_sum.config import CONFIG_PAYLOAD_TYPE
 from shared.signing import seal
 
@@ -149,9 +150,7 @@ class Coordinator:
             rng=rng,
             ca_pem=self.broker_plan.ca_pem,
         )
-        self.rollouts = RolloutService(
-            self.database, self.devices, self.models, self.link, clock=utc_now
-        )
+        self.rollouts = RolloutService(self.database, self.models, self.link, clock=utc_now)
         self.records = RunRecords(self.database, clock=utc_now)
         self.steps = StepRecords(self.database, clock=utc_now)
         self.compressions = Compressions(self.steps, self.models)
@@ -190,6 +189,7 @@ class Coordinator:
                 await jobs.enter_async_context(_job(group, "control-link", self.link.run()))
                 jobs.push_async_callback(self.link.say_goodbye, _RESTART_WINDOW_S)
                 await jobs.enter_async_context(_job(group, "housekeeping", self._keep_house()))
+                await jobs.enter_async_context(_job(group, "rollouts", self.rollouts.run()))
                 await jobs.enter_async_context(_job(group, "runs", self.runs.run()))
                 yield
         finally:
@@ -204,6 +204,7 @@ class Coordinator:
         state.membership = self.membership
         state.runs, state.rollouts, state.models = self.runs, self.rollouts, self.models
         state.compressions = self.compressions
+        state.catalogue = Catalogue(self.database)
         state.link, state.supervisors = self.link, self.supervisors
         state.seal_reply = self._seal_reply
         for api in (
@@ -263,8 +264,11 @@ class Coordinator:
         if await self.devices.hear(envelope):
             device = await self.devices.device(envelope.device)
             if isinstance(envelope.body, Hello):
-                await self.rollouts.converge(device)
+                await self.rollouts.converge(device.device_id)
             self.runs.see(device)
+            self.rollouts.see()
+        if isinstance(envelope.body, Reported | Health):
+            self.rollouts.see()
 
     async def _greet(self) -> None:
         """After each connect: the broker may have forgotten what was retained."""

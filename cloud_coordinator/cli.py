@@ -11,8 +11,9 @@ from cloud_coordinator.commands.client import AsJson
 from cloud_coordinator.commands.compressions import compressions
 from cloud_coordinator.commands.devices import devices, tokens
 from cloud_coordinator.commands.membership import memberships
-from cloud_coordinator.commands.models import models, rollouts
+from cloud_coordinator.commands.models import models
 from cloud_coordinator.commands.output import print_json
+from cloud_coordinator.commands.rollouts import rollouts
 from cloud_coordinator.commands.runs import runs
 from cloud_coordinator.commands.statistics import statistics
 from cloud_coordinator.settings import load_settings

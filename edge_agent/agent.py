@@ -10,6 +10,7 @@ import signal
 import uuid
 
 import httpx
+import msgspec
 
 from edge_agent.control_link import ControlLink
 from edge_agent.data_registry import DataRegistry
@@ -40,11 +41,14 @@ from shared.messages import (
     Desired,
     DismissFromRun,
     Envelope,
+    Failure,
+    Health,
     Hello,
     Invitation,
     Notice,
     Nudge,
     Reported,
+    ServedFigures,
     SumQuestion,
     Telemetry,
     as_text,
@@ -85,6 +89,8 @@ class Agent:
         self._settings, self._enrolment, self._state = settings, enrolment, state
         self._boot = uuid.uuid4().hex
         self._cause = ""  # why the last deployment failed
+        self._failure: Failure = ""
+        self._health_due = 0.0  # by the loop's clock
         self._trouble: dict[str, str] = {}  # what was complained about last, so as not to repeat it
         self._told: Reported | None = None
         self._data = DataRegistry(settings.home)
@@ -168,9 +174,10 @@ class Agent:
         await self._deployment.restore()
         await self._reconciler.run()
 
-    async def _note_deployment(self, state: DeploymentState, cause: str) -> None:
+    async def _note_deployment(self, state: DeploymentState, cause: str, failure: Failure) -> None:
         logger.debug("deployment: %s", state)
-        self._cause = cause
+        self._cause, self._failure = cause, failure
+        self._health_due = 0.0  # whoever watches shall not wait for it
         await self._tell_what_changed()
 
     def _note_loss(self) -> None:
@@ -192,10 +199,33 @@ class Agent:
                 tasks = now_tasks
                 await self._link.say_hello()
             await self._tell_what_changed()
+            await self._tell_health()
             if (now_snapshot := self._snapshot()) != snapshot:
                 snapshot = now_snapshot
                 self._save(snapshot)
             await asyncio.sleep(_WATCH_EVERY_S)
+
+    async def _tell_health(self) -> None:
+        """Say how the model is served, as often as the coordinator wants to know."""
+        watch_s, now = self._reconciler.wanted.watch_s, asyncio.get_running_loop().time()
+        if watch_s <= 0 or now < self._health_due:
+            return
+        self._health_due = now + watch_s
+        serving = self._server.serving
+        before = serving.figures_before
+        await self._link.send(
+            Health(
+                boot=self._boot,
+                served=self._timed(serving.figures) if serving.version else None,
+                before=self._timed(before),
+            )
+        )
+
+    def _timed(self, figures: ServedFigures | None) -> ServedFigures | None:
+        if figures is None:
+            return None
+        self_test_ms = self._deployment.self_test_ms.get(figures.version)
+        return msgspec.structs.replace(figures, self_test_ms=self_test_ms)
 
     async def _report_telemetry(self) -> None:
         seq, before = 0, read_cpu_times()
@@ -238,6 +268,7 @@ class Agent:
             serving_version=serving.version,
             serving_artifact=serving.artifact,
             cause=as_text(self._cause),
+            failure=self._failure,
         )
 
     def _snapshot(self) -> Snapshot:

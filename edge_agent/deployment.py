@@ -26,14 +26,14 @@ from shared.errors import (
     UnfitModelError,
     UntrustedModelError,
 )
-from shared.messages import DeploymentState
+from shared.messages import DeploymentState, Failure
 from shared.signed_manifest import SignedManifest, open_manifest
 from shared.signing import VerifyingKey
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Report = Callable[[DeploymentState, str], Awaitable[None]]
+Report = Callable[[DeploymentState, str, Failure], Awaitable[None]]
 SelfTest = Callable[[Path], Awaitable[SelfTestResult]]
 
 
@@ -92,12 +92,13 @@ class Deployment:
             trusted: keys that may sign manifests, by key id.
             server: running, or about to.
             fetch: the way to the coordinator.
-            report: told each new state, with the cause of a failure (else empty); it reads what is
-                served from ``server``.
+            report: told each new state, with the cause and kind of a failure (else empty); it
+                reads what is served from ``server``.
             self_test: tries a staged slot where it can do no harm.
         """
         self.slots = Slots(home)
         self.state = DeploymentState.IDLE
+        self.self_test_ms: Mapping[str, float] = {}  # by version: this one's and the one's before
         self._trusted, self._server, self._fetch = trusted, server, fetch
         self._report, self._self_test = report, self_test
         self._busy = asyncio.Lock()
@@ -121,18 +122,18 @@ class Deployment:
             if not candidates:
                 return
             await self._move(E.FOUND)
-            causes: list[str] = []
+            failures: list[ShoalError] = []
             for slot in candidates:
                 try:
                     verified_manifest(slot, self._trusted)
                     await self._activate(slot)
                 except ShoalError as error:
                     logger.warning("slot %s cannot be served: %s", slot.name, error)
-                    causes.append(str(error))
+                    failures.append(error)
                 else:
                     await self._move(E.ACTIVATED)
                     return
-            await self._move(E.FAILED, "; ".join(causes))
+            await self._move(E.FAILED, "; ".join(map(str, failures)), failure_of(failures[-1]))
 
     async def converge(self, model_version: str) -> None:
         """Serve ``model_version``; returns when it is served and will be after a restart.
@@ -153,7 +154,7 @@ class Deployment:
             try:
                 await self._deploy(model_version)
             except ShoalError as error:
-                await self._move(E.FAILED, str(error))
+                await self._move(E.FAILED, str(error), failure_of(error))
                 raise
 
     @contextlib.asynccontextmanager
@@ -192,12 +193,25 @@ class Deployment:
         except UnfitModelError:
             await _finish(asyncio.to_thread(self.slots.discard, slot))
             raise
+        self.self_test_ms = {result.version: result.p50_ms, **await self._time_current()}
         logger.info(
             "self-test passed: loads in %.0f ms, %.3f ms a row, off by %.2g",
             result.load_ms,
             result.p50_ms,
             result.largest_difference,
         )
+
+    async def _time_current(self) -> Mapping[str, float]:
+        """Measure what is served just as what shall replace it: minutes ago says little of now."""
+        slot = self.slots.current
+        if slot is None:
+            return {}
+        try:
+            result = await self._self_test(slot)
+        except ShoalError as error:
+            logger.info("what is served cannot be measured beside the next: %s", error)
+            return {}
+        return {result.version: result.p50_ms}
 
     async def _activate(self, slot: Path) -> None:
         """Make server and pointer agree on ``slot``; ends within the server's own deadlines."""
@@ -223,10 +237,22 @@ class Deployment:
             return False
         return current is not None and current.version == version
 
-    async def _move(self, event: DeploymentEvent, cause: str = "") -> None:
+    async def _move(self, event: DeploymentEvent, cause: str = "", failure: Failure = "") -> None:
         """Enter the next state and tell; the one place that changes it."""
         self.state = next_state(self.state, event)
-        await self._report(self.state, cause[:500])
+        await self._report(self.state, cause[:500], failure)
+
+
+def failure_of(error: ShoalError) -> Failure:
+    """Return what kind of failure ``error`` is, for whoever decides about the version."""
+    match error:
+        case UnfitModelError():
+            return "unfit"
+        case UntrustedModelError():
+            return "untrusted"
+        case UnavailableError():
+            return "unavailable"
+    return "missing"
 
 
 async def _finish(step: Coroutine[Any, Any, T]) -> T:

@@ -28,6 +28,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
     version: int = 0
     model_version: str | None = None
+    watch_s: float = 0.0  # how often to say how it is served; 0: never
 
 
 class Reconciler:
@@ -63,7 +64,7 @@ class Reconciler:
                     "refused desired state %d: %d is in force", desired.version, self.wanted.version
                 )
             return False
-        wanted = Wanted(desired.version, desired.model_version)
+        wanted = Wanted(desired.version, desired.model_version, desired.watch_s)
         self._state.write(_FACT, wanted)
         self.wanted = wanted
         logger.info("desired state %d wants model %s", wanted.version, _short(wanted))

@@ -17,6 +17,7 @@ import msgspec
 from shared.enrolment import EnrolmentRequest
 from shared.messages import (
     Envelope,
+    Health,
     Hello,
     InvitationAnswer,
     JoinedRun,
@@ -24,6 +25,7 @@ from shared.messages import (
     Presence,
     ReplyWaiting,
     Reported,
+    ServedFigures,
     SumAnswer,
     Telemetry,
 )
@@ -61,7 +63,12 @@ UPLINK: Mapping[type[msgspec.Struct], Mapping[str, Tells]] = {
         "request_errors", "latency_p50_ms",
     ),
     Reported: _machine(
-        "boot", "desired_version", "deployment", "serving_version", "serving_artifact", "cause"
+        "boot", "desired_version", "deployment", "serving_version", "serving_artifact", "cause",
+        "failure",
+    ),
+    Health: _machine("boot", "served", "before"),
+    ServedFigures: _machine(
+        "version", "artifact", "requests", "errors", "crashes", "p50_ms", "p95_ms", "self_test_ms"
     ),
     InvitationAnswer: _machine("run_id", "session_id", "accepted", "reason"),
     JoinedRun: _machine("run_id", "session_id"),

@@ -104,6 +104,10 @@ class DeploymentState(StrEnum):
     FAILED = "failed"
 
 
+# What kind of failure ended a deployment: the device may get over the first by itself.
+Failure = Literal["", "unavailable", "missing", "untrusted", "unfit"]
+
+
 class Reported(Body, frozen=True, tag="reported"):
     """What is true on the device. The digests are of what it *serves now*, whatever was wanted."""
 
@@ -113,6 +117,28 @@ class Reported(Body, frozen=True, tag="reported"):
     serving_version: Digest | None = None  # digest of the manifest
     serving_artifact: Digest | None = None  # digest of the model file
     cause: Text = ""  # of a failure, in one sentence
+    failure: Failure = ""
+
+
+class ServedFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """How one version has been served by this device since it took over: machine facts."""
+
+    version: Digest
+    artifact: Digest
+    requests: int = 0
+    errors: int = 0  # by fault of the model or the server; an answer of NaN is one
+    crashes: int = 0  # of the inference server
+    p50_ms: float | None = None  # of the latest requests
+    p95_ms: float | None = None
+    self_test_ms: float | None = None  # of one row, in a throwaway process before the change
+
+
+class Health(Body, frozen=True, tag="health"):
+    """How the served version does, beside the one before it; said every ``Desired.watch_s``."""
+
+    boot: Identifier
+    served: ServedFigures | None  # None: nothing is
+    before: ServedFigures | None = None  # as it was when the served one took over
 
 
 class JoinedRun(Body, frozen=True, tag="run.joined"):
@@ -164,6 +190,7 @@ class Desired(Body, frozen=True, tag="desired"):
 
     version: Annotated[int, Meta(ge=1)]
     model_version: Digest | None = None  # digest of the manifest to serve; None: keep what is there
+    watch_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0  # say `Health` so often; 0: never
 
 
 class Invitation(Body, frozen=True, tag="run.invitation"):
@@ -232,6 +259,7 @@ UpBody = (
     | Hello
     | Telemetry
     | Reported
+    | Health
     | JoinedRun
     | LeftRun
     | ReplyWaiting
@@ -272,6 +300,7 @@ UP: Mapping[type[Body], Delivery] = {
     Hello: Delivery("hello", 1, _HOUR),
     Telemetry: Delivery("telemetry", 0, _MINUTE),
     Reported: Delivery("state", 1, _DAY),
+    Health: Delivery("health", 1, 5 * _MINUTE),
     JoinedRun: Delivery("event", 1, 7 * _DAY, durable=True),
     LeftRun: Delivery("event", 1, 7 * _DAY, durable=True),
     ReplyWaiting: Delivery("announce", 1, 5 * _MINUTE),

@@ -24,6 +24,7 @@ from shared.privacy_plan import (
     round_quorum,
     with_roster,
 )
+from shared.rollout_plan import RolloutPlan
 from shared.statistics.questions import RowsPerDevice, StatisticsQuestion
 from shared.statistics_plan import privacy_of_statistics
 from shared.tasks.spec import TaskSpec
@@ -78,6 +79,7 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     evaluate: bool = True  # measure each round's result on held-out rows of its cohort
     deploy: bool = True  # ship the result to every device that has data for the task
     compression: CompressionPlan | None = None  # how the result is made smaller; None: as it comes
+    rollout: RolloutPlan | None = None  # in which waves; None: to all at once
     statistics: StatisticsQuestion | None = None  # such a run asks this, once, and trains nothing
 
     def __post_init__(self) -> None:

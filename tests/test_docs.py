@@ -1,6 +1,7 @@
 """What exists is documented: settings, routes, messages and states."""
 
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import get_args
@@ -15,9 +16,11 @@ from cloud_coordinator.devices.api import router as devices
 from cloud_coordinator.devices.membership_api import router as membership
 from cloud_coordinator.health import router as health
 from cloud_coordinator.models.api import router as models
+from cloud_coordinator.models.lifecycle import TRANSITIONS as VERSION_TRANSITIONS
 from cloud_coordinator.models.lifecycle import VersionState
 from cloud_coordinator.models.static_int8 import KINDS
 from cloud_coordinator.rollouts.api import router as rollouts
+from cloud_coordinator.rollouts.lifecycle import TRANSITIONS, RolloutState
 from cloud_coordinator.rounds.lifecycle import RoundState
 from cloud_coordinator.runs.api import router as runs
 from cloud_coordinator.runs.lifecycle import RunState
@@ -27,8 +30,10 @@ from edge_agent.settings import AgentSettings
 from shared.compression_plan import CompressionPlan
 from shared.messages import DOWN, UP, Body, DeploymentState
 from shared.privacy_plan import AggregationPlan, PrivacyPlan
+from shared.rollout_plan import GatePlan, RolloutPlan, WavePlan, WindowPlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from shared.statistics.questions import Statistic, StatisticsQuestion
+from tests.diagrams import draw
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -45,13 +50,26 @@ def test_every_setting_is_documented() -> None:
 
 @pytest.mark.parametrize(
     "struct",
-    [RunPlan, TrainingPlan, CohortPlan, PrivacyPlan, AggregationPlan, CompressionPlan],
+    [
+        RunPlan,
+        TrainingPlan,
+        CohortPlan,
+        PrivacyPlan,
+        AggregationPlan,
+        CompressionPlan,
+        RolloutPlan,
+        WavePlan,
+        WindowPlan,
+        GatePlan,
+    ],
 )
 def test_every_key_of_a_plan_is_documented(struct: type) -> None:
-    sections = {"training", "cohort", "privacy", "aggregation", "compression", "statistics"}
+    sections = {"training", "cohort", "privacy", "aggregation", "statistics"}
+    sections |= {"compression", "rollout", "waves", "windows", "gates"}
     plan = page("operation.md").split("## A plan")[1].split("## Statistics")[0]
     keys = set(struct.__struct_fields__) - sections - {"strategy"}  # type: ignore[attr-defined]
-    assert not [key for key in keys if f"\n{key} = " not in plan]
+    pages = plan + page("models.md").split("## Rollouts")[1]
+    assert not [key for key in keys if f"\n{key} = " not in pages]
 
 
 def test_every_statistic_is_documented_with_all_its_keys() -> None:
@@ -85,7 +103,8 @@ def test_every_message_is_documented(body: type[Body]) -> None:
 
 
 @pytest.mark.parametrize(
-    "states", [RunState, RoundState, InvitationState, VersionState, DeploymentState]
+    "states",
+    [RunState, RoundState, InvitationState, VersionState, RolloutState, DeploymentState],
 )
 def test_every_state_is_documented(states: type[StrEnum]) -> None:
     assert not [state for state in states if f"`{state.value}`" not in page("control.md")]
@@ -99,6 +118,13 @@ def test_every_variant_is_documented_with_what_it_needs() -> None:
     for kind in KINDS:
         (row,) = [x for x in page("models.md").splitlines() if x.startswith(f"| `{kind.name}` |")]
         assert all(f"`{need}`" in row for need in kind.needs)
+
+
+@pytest.mark.parametrize("table", [VERSION_TRANSITIONS, TRANSITIONS])
+def test_the_pages_diagrams_are_what_the_tables_say(
+    table: Mapping[StrEnum, Mapping[StrEnum, StrEnum]],
+) -> None:
+    assert draw(table) in page("models.md")
 
 
 def test_every_test_that_the_threat_table_names_exists() -> None:

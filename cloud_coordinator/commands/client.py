@@ -1,5 +1,6 @@
 """The operator's client: finds the coordinator of a home and speaks to its REST API."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,20 +39,28 @@ class ApiClient:
         self._url = service.api_url
         self._headers = {"Authorization": f"Bearer {_token(home)}"}
 
-    def get(self, path: str) -> Any:
-        """GET a resource and return its JSON."""
-        return self._request("GET", path)
+    def get(self, path: str, **query: str | None) -> Any:
+        """GET a resource and return its JSON; what is None in the query is left out."""
+        given = {name: value for name, value in query.items() if value is not None}
+        return self._request("GET", path, query=given).json()
+
+    def get_text(self, path: str) -> str:
+        """GET a resource that is text."""
+        return self._request("GET", path).text
 
     def post(self, path: str, body: Any = None) -> Any:
         """POST ``body`` as JSON and return the answer's."""
-        return self._request("POST", path, body)
+        return self._request("POST", path, body).json()
 
-    def _request(self, method: str, path: str, body: Any = None) -> Any:
+    def _request(
+        self, method: str, path: str, body: Any = None, *, query: Mapping[str, str] | None = None
+    ) -> httpx.Response:
         try:
             answer = httpx.request(
                 method,
                 self._url + path,
                 json=body,
+                params=query,
                 headers=self._headers,
                 timeout=_TIMEOUT_S,
                 trust_env=False,  # a proxy cannot reach this machine's loopback
@@ -63,7 +72,7 @@ class ApiClient:
             ) from error
         if answer.is_error:
             raise ShoalError(_sentence(answer))
-        return answer.json()
+        return answer
 
 
 def _token(home: Path) -> str:

@@ -93,6 +93,7 @@ class DeviceView(BaseModel):
     telemetry: dict[str, Any] | None
     telemetry_lost: int
     reported: dict[str, Any] | None
+    health: dict[str, Any] | None  # while its version is watched, as the last rollout asked
     desired: DesiredView | None
 
 
@@ -185,5 +186,6 @@ def _view(row: DeviceRow, desired: DesiredRow | None, *, listed: bool) -> Device
         telemetry=row.telemetry,
         telemetry_lost=row.telemetry_lost,
         reported=row.reported,
+        health=row.health,
         desired=DesiredView.model_validate(desired) if desired else None,
     )

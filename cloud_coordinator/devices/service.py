@@ -23,6 +23,7 @@ from shared.errors import NotFoundError
 from shared.messages import (
     Body,
     Envelope,
+    Health,
     Hello,
     Presence,
     PresenceState,
@@ -155,6 +156,9 @@ def take_in(row: DeviceRow, envelope: Envelope, now: datetime) -> None:
         case Reported() if row.reported_sent_at is None or row.reported_sent_at <= sent_at:
             row.reported = msgspec.to_builtins(body)
             row.reported_sent_at = sent_at
+        case Health() if row.health_sent_at is None or row.health_sent_at <= sent_at:
+            row.health = msgspec.to_builtins(body)
+            row.health_sent_at = sent_at
         case _:
             pass
     if row.last_seen_at is None or now - row.last_seen_at >= _SEEN_EVERY:

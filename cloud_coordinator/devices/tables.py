@@ -44,6 +44,8 @@ class DeviceRow(Base):
     telemetry_lost: Mapped[int] = mapped_column(default=0)  # gaps in seq, summed
     reported: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
     reported_sent_at: Mapped[datetime | None] = mapped_column(default=None)
+    health: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    health_sent_at: Mapped[datetime | None] = mapped_column(default=None)
 
 
 class HandledMessageRow(Base):

@@ -1,4 +1,4 @@
-"""Routes for model versions: figures for people, manifests and artifacts for devices.
+"""Routes for model versions: facts for people, manifests and artifacts for devices.
 
 An artifact's name is the digest of its bytes, which makes it its own entity tag: a device resumes
 a broken download by ``Range`` with ``If-Range`` and can never get a mixture of two files.
@@ -7,11 +7,14 @@ a broken download by ``Range`` with ``If-Range`` and can never get a mixture of 
 from datetime import datetime
 from typing import Annotated, cast
 
+import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cloud_coordinator.devices.authentication import device_or_admin, require_admin
+from cloud_coordinator.models.card import model_card
+from cloud_coordinator.models.catalogue import Catalogue
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import ModelVersionRow
 
@@ -52,25 +55,65 @@ class VersionView(BaseModel):
     variants: list[VariantView]
 
 
-def model_service(request: Request) -> ModelService:
-    """Return the service that `app.py` put into ``app.state.models``."""
+class NewNote(BaseModel):
+    """What somebody writes about a version."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    author: str = Field(min_length=1, max_length=63)
+    text: str = Field(min_length=1, max_length=2000)
+
+
+def _models(request: Request) -> ModelService:
     return cast("ModelService", request.app.state.models)
 
 
-Models = Annotated[ModelService, Depends(model_service)]
+def _catalogue(request: Request) -> Catalogue:
+    return cast("Catalogue", request.app.state.catalogue)
+
+
+Models = Annotated[ModelService, Depends(_models)]
+Known = Annotated[Catalogue, Depends(_catalogue)]
 router = APIRouter(prefix="/v1", tags=["models"])
 
 
 @router.get("/models", dependencies=[Depends(require_admin)])
-def list_versions(models: Models) -> list[VersionView]:
-    """Return all versions, the newest first."""
-    return [_view(row) for row in models.versions()]
+def list_versions(
+    catalogue: Known, model: str | None = None, state: str | None = None, text: str | None = None
+) -> list[VersionView]:
+    """Return the versions that fit, the newest first; ``text`` is of a digest, a run or a note."""
+    found = catalogue.search(model=model, state=state, text=text)
+    return [_view(row) for row in found]
 
 
 @router.get("/models/{version}", dependencies=[Depends(require_admin)])
 def show_version(version: str, models: Models) -> VersionView:
     """Return one version with every variant that was built."""
     return _view(models.version(version))
+
+
+@router.get("/models/{version}/card", dependencies=[Depends(require_admin)])
+def show_card(version: str, catalogue: Known) -> Response:
+    """Return the model card: where the version comes from and what is known of it, in Markdown."""
+    return Response(model_card(catalogue.facts(version)), media_type="text/markdown")
+
+
+@router.get("/models/{version}/compare/{other}", dependencies=[Depends(require_admin)])
+def compare_versions(version: str, other: str, catalogue: Known) -> Response:
+    """Return all that is known of two versions, and the keys in which their plans differ."""
+    return _json(catalogue.compare(version, other))
+
+
+@router.get("/models/{version}/notes", dependencies=[Depends(require_admin)])
+def list_notes(version: str, catalogue: Known) -> Response:
+    """Return what people noted about a version, the oldest first."""
+    return _json(catalogue.facts(version).notes)
+
+
+@router.post("/models/{version}/notes", dependencies=[Depends(require_admin)])
+def add_note(version: str, note: NewNote, catalogue: Known) -> Response:
+    """Add a note to a version; notes are never changed."""
+    return _json(catalogue.add_note(version, author=note.author, text=note.text))
 
 
 @router.get("/models/{version}/manifest", dependencies=[Depends(device_or_admin)])
@@ -91,6 +134,10 @@ def download_artifact(sha256: str, models: Models) -> FileResponse:
         media_type="application/octet-stream",
         headers={"ETag": f'"{sha256}"', "Cache-Control": _FOR_EVER},
     )
+
+
+def _json(document: object) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json")
 
 
 def _view(row: ModelVersionRow) -> VersionView:

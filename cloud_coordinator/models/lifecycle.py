@@ -11,8 +11,11 @@ class VersionState(StrEnum):
     CANDIDATE = "candidate"  # a run ended with these parameters; nothing is exported yet
     COMPRESSED = "compressed"  # variants are built and measured, one is chosen
     SIGNED = "signed"  # the manifest is signed; devices may be told to serve it
+    CANARY = "canary"  # the first wave of a rollout serves it
+    ROLLING = "rolling"  # later waves serve it as well
     CURRENT = "current"  # what devices of its model should serve
     SUPERSEDED = "superseded"  # another version of its model became current; it may come back
+    ROLLED_BACK = "rolled_back"  # devices that served it went back; a person may try it again
     REJECTED = "rejected"  # it cannot be built or does not compute what was trained; terminal
 
 
@@ -21,7 +24,10 @@ class VersionEvent(StrEnum):
 
     VARIANTS_BUILT = "variants_built"
     MANIFEST_SIGNED = "manifest_signed"
+    ROLLOUT_BEGAN = "rollout_began"
+    ROLLOUT_WIDENED = "rollout_widened"
     MADE_CURRENT = "made_current"
+    TURNED_BACK = "turned_back"
     REPLACED = "replaced"
     BUILD_REFUSED = "build_refused"
 
@@ -30,9 +36,16 @@ S, E = VersionState, VersionEvent  # short names keep the table readable
 TRANSITIONS: dict[VersionState, dict[VersionEvent, VersionState]] = {
     S.CANDIDATE: {E.VARIANTS_BUILT: S.COMPRESSED, E.BUILD_REFUSED: S.REJECTED},
     S.COMPRESSED: {E.MANIFEST_SIGNED: S.SIGNED, E.BUILD_REFUSED: S.REJECTED},
-    S.SIGNED: {E.MADE_CURRENT: S.CURRENT},
+    S.SIGNED: {E.ROLLOUT_BEGAN: S.CANARY},
+    S.CANARY: {
+        E.ROLLOUT_WIDENED: S.ROLLING,
+        E.MADE_CURRENT: S.CURRENT,
+        E.TURNED_BACK: S.ROLLED_BACK,
+    },
+    S.ROLLING: {E.MADE_CURRENT: S.CURRENT, E.TURNED_BACK: S.ROLLED_BACK},
     S.CURRENT: {E.REPLACED: S.SUPERSEDED},
-    S.SUPERSEDED: {E.MADE_CURRENT: S.CURRENT},
+    S.SUPERSEDED: {E.ROLLOUT_BEGAN: S.CANARY},
+    S.ROLLED_BACK: {E.ROLLOUT_BEGAN: S.CANARY},
     S.REJECTED: {},
 }
 

@@ -191,21 +191,32 @@ class ModelService:
         self._verify(path, sha256)
         return path
 
-    def make_current(self, session: Session, version: str) -> None:
-        """Note, inside the caller's transaction, that devices of a model should serve ``version``.
+    # What rollouts do to versions, each inside the caller's transaction.
 
-        The version that was current before is superseded. Nothing happens if it is current already.
+    def begin_rollout(self, session: Session, version: str) -> None:
+        """Note that its first devices get a version.
 
         Raises:
             NotFoundError: there is no such version, or its files were tidied away.
-            ConflictError: somebody else moved it meanwhile.
+            IllegalTransitionError: it is not fit to be rolled out.
         """
         row = _by_digest(session, version)
-        if row.state == VersionState.CURRENT:
-            return
         for variant in row.variants:
             if variant.shipped and variant.sha256 is not None:
                 self._blobs.path_of(variant.sha256)
+        _move(session, row, VersionEvent.ROLLOUT_BEGAN)
+
+    def widen_rollout(self, session: Session, version: str) -> None:
+        """Note that a version goes beyond its first wave."""
+        _move(session, _by_digest(session, version), VersionEvent.ROLLOUT_WIDENED)
+
+    def turn_back(self, session: Session, version: str, cause: str) -> None:
+        """Note that a version did not do well, and why."""
+        _move(session, _by_digest(session, version), VersionEvent.TURNED_BACK, cause=cause)
+
+    def make_current(self, session: Session, version: str) -> None:
+        """Note that devices of a model should serve ``version``; the one before is superseded."""
+        row = _by_digest(session, version)
         current = select(ModelVersionRow).where(
             ModelVersionRow.model == row.model,
             ModelVersionRow.state == VersionState.CURRENT.value,

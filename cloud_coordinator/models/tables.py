@@ -1,4 +1,4 @@
-"""Rows of model versions and of every variant that was built, with the figures that decided."""
+"""Rows of model versions, of every variant that was built, and of what people noted."""
 
 from datetime import datetime
 
@@ -52,3 +52,15 @@ class VariantRow(Base):
     max_difference: Mapped[float | None] = mapped_column(default=None)
     relative_error: Mapped[float | None] = mapped_column(default=None)
     agreement: Mapped[float | None] = mapped_column(default=None)
+
+
+class VersionNoteRow(Base):
+    """What somebody wrote about a version; notes are added and never changed."""
+
+    __tablename__ = "version_notes"
+
+    note_id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("model_versions.run_id"), index=True)
+    written_at: Mapped[datetime]
+    author: Mapped[str] = mapped_column(String(63))
+    text: Mapped[str] = mapped_column(Text)

@@ -28,7 +28,12 @@ from cloud_coordinator.rounds.robust import Combiner, mean_of
 from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.secrecy import secrecy_of
 from cloud_coordinator.rounds.secure_sums import SecureSums
-from cloud_coordinator.rounds.sum_plan import SumQuestionSpec, make_config, training_spec
+from cloud_coordinator.rounds.sum_plan import (
+    SumOccasion,
+    SumQuestionSpec,
+    make_config,
+    training_spec,
+)
 from cloud_coordinator.rounds.sum_session import GroupSum
 from cloud_coordinator.rounds.sum_work import Configure, SumOutcome, SumQuestion
 from cloud_coordinator.rounds.trained import Groups, Trained, say_started
@@ -277,22 +282,19 @@ def configurer(
     expires_at: datetime = host.now() + timedelta(seconds=timeout_s + 2 * later_s + _SPARE_S)
 
     def configure(group: int, session: bytes, server_key: bytes, devices: int) -> SumConfig:
-        return make_config(
-            plan,
-            spec,
-            session=session,
+        occasion = SumOccasion(
             run_id=host.run_id,
             fleet=host.fleet,
             round_number=round_number,
             group=group,
             groups=groups,
-            roster_max=min(most, devices),
+            session=session,
             server_key=server_key,
             membership_version=parts.roster.membership_version,
             expires_at=expires_at,
             mask_algorithm=choose_algorithm(),
             rotation_seed=rotation_seed,
-            clip_norm=clip_norm,
         )
+        return make_config(plan, spec, occasion, roster_max=min(most, devices), clip_norm=clip_norm)
 
     return configure

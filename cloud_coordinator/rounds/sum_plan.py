@@ -125,22 +125,43 @@ def exact_lane(name: str, bound: float) -> ExactLane:
     return ExactLane(name=name, steps_per_unit=2.0**fraction_bits, max_steps=2**_EXACT_BITS)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumOccasion:
+    """Which sum of which round of which run, and what is drawn or made for it alone.
+
+    Attributes:
+        run_id: the run.
+        fleet: the fleet.
+        round_number: from 1.
+        group: index of this sum.
+        groups: sums of this round, side by side.
+        session: 32 random bytes.
+        server_key: public X25519 key that the reveal stage is sealed to.
+        membership_version: of the signed list.
+        expires_at: aware UTC.
+        mask_algorithm: what all these devices are fast at.
+        rotation_seed: 16 random bytes, for training with ``privacy.rotate``.
+    """
+
+    run_id: str
+    fleet: str
+    round_number: int
+    group: int
+    groups: int
+    session: bytes
+    server_key: bytes
+    membership_version: int
+    expires_at: datetime
+    mask_algorithm: MaskAlgorithm
+    rotation_seed: bytes
+
+
 def make_config(
     plan: RunPlan,
     question: SumQuestionSpec,
+    occasion: SumOccasion,
     *,
-    session: bytes,
-    run_id: str,
-    fleet: str,
-    round_number: int,
-    group: int,
-    groups: int,
     roster_max: int,
-    server_key: bytes,
-    membership_version: int,
-    expires_at: datetime,
-    mask_algorithm: MaskAlgorithm,
-    rotation_seed: bytes,
     clip_norm: float | None = None,
 ) -> SumConfig:
     """Return the configuration of one sum of a run.
@@ -148,18 +169,8 @@ def make_config(
     Args:
         plan: of the run.
         question: what is asked.
-        session: 32 random bytes.
-        run_id: the run.
-        fleet: the fleet.
-        round_number: from 1.
-        group: index of this sum.
-        groups: sums of this round, side by side.
-        roster_max: devices that are asked for this one.
-        server_key: public X25519 key that the reveal stage is sealed to.
-        membership_version: of the signed list.
-        expires_at: aware UTC.
-        mask_algorithm: what all these devices are fast at.
-        rotation_seed: 16 random bytes, for training with ``privacy.rotate``.
+        occasion: when it is asked, and by whom.
+        roster_max: devices that are asked for this sum.
         clip_norm: of this round where clipping is adaptive; None: the plan's.
 
     Raises:
@@ -170,13 +181,13 @@ def make_config(
     noise = noise_of(privacy, layout)
     lane_bits: LaneBits = privacy.lane_bits if training else STATISTICS_LANE_BITS
     return SumConfig(
-        session=session,
-        fleet=fleet,
-        run_id=run_id,
-        round_number=round_number,
+        session=occasion.session,
+        fleet=occasion.fleet,
+        run_id=occasion.run_id,
+        round_number=occasion.round_number,
         purpose=question.purpose,
-        group=group,
-        groups=groups,
+        group=occasion.group,
+        groups=occasion.groups,
         task_digest=question.task_digest,
         question_digest=question.question_digest,
         base_digest=question.base_digest,
@@ -194,14 +205,14 @@ def make_config(
             max_roster=layout.max_roster,
             rotate=privacy.rotate and training,
             noise=noise,
-            rotation_seed=rotation_seed,
+            rotation_seed=occasion.rotation_seed,
         ),
         exact_lanes=question.exact_lanes,
         noise=noise,
-        mask_algorithm=mask_algorithm,
-        server_key=server_key,
-        membership_version=membership_version,
-        expires_at=expires_at,
+        mask_algorithm=occasion.mask_algorithm,
+        server_key=occasion.server_key,
+        membership_version=occasion.membership_version,
+        expires_at=occasion.expires_at,
     )
 
 

@@ -29,7 +29,8 @@ from cloud_coordinator.runs.session_events import (
     Stopped,
 )
 from cloud_coordinator.supervisor import Supervisor, back_off_s
-from shared.errors import ShoalError, UnavailableError
+from shared.errors import ConfigError, ConflictError, ShoalError, UnavailableError
+from shared.rollout_plan import RolloutPlan
 from shared.run_plan import RunPlan
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,15 @@ class BuildsVersions(Protocol):
 class Deploys(Protocol):
     """The rollout service, as far as runs need it."""
 
-    async def deploy(self, *, task_name: str, model_version: str) -> None:
-        """Let every device with data for the task serve this version, now and later."""
+    async def deploy(
+        self, *, task_name: str, model_version: str, plan: RolloutPlan | None
+    ) -> object:
+        """Let every device with data for the task serve this version, wave by wave.
+
+        Raises:
+            ConflictError: that was begun before.
+            ConfigError: its waves fit no device.
+        """
         ...
 
 
@@ -194,9 +202,20 @@ class RunDriver:
             await self._parts.compressions.stop(self.run_id, cause, self._runs)
             await self._move(RunEvent.STOP_ASKED, cause=cause)
             return
-        if self._plan.deploy:
-            await self._parts.rollouts.deploy(task_name=self._plan.task.name, model_version=version)
-        await self._move(RunEvent.MODEL_BUILT, model_version=version)
+        cause = await self._deploy(version) if self._plan.deploy else ""
+        await self._move(RunEvent.MODEL_BUILT, cause=cause, model_version=version)
+
+    async def _deploy(self, version: str) -> str:
+        """Start the rollout; return why there is none where its plan fits no device."""
+        try:
+            await self._parts.rollouts.deploy(
+                task_name=self._plan.task.name, model_version=version, plan=self._plan.rollout
+            )
+        except ConflictError as error:  # an earlier life of this driver did it
+            logger.info("run %s: %s", self.run_id, error)
+        except ConfigError as error:
+            return f"not rolled out: {error}"
+        return ""
 
     async def _build(self, parameters_sha256: str, rounds: int) -> str:
         """Build the model version; what is merely away now is tried again a few times."""

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_agent.inference import protocol
+from edge_agent.inference.engine import Array
 from edge_agent.inference.live import LiveModel
 from edge_agent.inference.metrics import Metrics
 from edge_agent.inference.pages import build_pages, served_as, unknown_model
@@ -111,6 +113,8 @@ class InferenceApp:
         manifest = served.manifest
         feeds = protocol.match(request, manifest.inputs, manifest.outputs)
         results = await served.infer(feeds)
+        if not _all_finite(results) and _all_finite(feeds.values()):
+            raise UnfitModelError("the model answered with NaN or infinity")
         body, json_length = protocol.render(
             request,
             model=manifest.model,
@@ -156,6 +160,10 @@ def _inference_target(scope: Scope) -> tuple[str, str | None] | None:
         case ["", "v2", "models", model, "versions", version, "infer"]:
             return model, version
     return None
+
+
+def _all_finite(arrays: Iterable[Array]) -> bool:
+    return all(array.dtype.kind != "f" or bool(np.isfinite(array).all()) for array in arrays)
 
 
 async def _send(send: Send, answer: _Answer) -> None:

@@ -37,11 +37,15 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
-    """Counts since this child started, said when they changed."""
+    """Counts of this child, said when they changed; latencies are from first byte to last."""
 
-    requests: int
+    requests: int  # since it started
     errors: int  # requests that failed by our fault; a client's mistakes are not among them
-    p50_ms: float | None  # median over the latest requests, from first byte to last
+    version: str  # what is served; the rest is counted since it took over
+    version_requests: int
+    version_errors: int
+    p50_ms: float | None
+    p95_ms: float | None
 
 
 FromServer = ServerReady | Activated | Refused | Stats

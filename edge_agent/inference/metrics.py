@@ -4,14 +4,37 @@ A mistake of a client is counted by its status but is not an *error*: errors are
 server did wrong, and a rollout may be judged by them.
 """
 
+import math
 import statistics
 from collections import deque
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-_WINDOW = 1000  # latest requests that the median is taken over
+_WINDOW = 1000  # latest requests that latencies are taken over
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+
+
+@dataclass(slots=True)
+class VersionMetrics:
+    """What was counted in this process since a version took over."""
+
+    version: str = ""  # empty: before the first
+    requests: int = 0
+    errors: int = 0
+    latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+
+    @property
+    def p50_ms(self) -> float | None:
+        """Median latency of the latest requests; None before the first."""
+        return statistics.median(self.latest_s) * 1000 if self.latest_s else None
+
+    @property
+    def p95_ms(self) -> float | None:
+        """Latency that 95 % of the latest requests stayed within; None before the first."""
+        ranked = sorted(self.latest_s)
+        return ranked[math.ceil(0.95 * len(ranked)) - 1] * 1000 if ranked else None
 
 
 class Metrics:
@@ -21,7 +44,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = 0
         self.errors = 0
-        self._latest_s: deque[float] = deque(maxlen=_WINDOW)
+        self.now = VersionMetrics()
         self._requests = Counter(
             "shoal_inference_requests",
             "Inference requests answered, by HTTP status.",
@@ -55,12 +78,14 @@ class Metrics:
     def answered(self, status: int, seconds: float) -> None:
         """Count one inference request; only those that succeeded enter the latencies."""
         self.requests += 1
+        self.now.requests += 1
         self._requests.labels(str(status)).inc()
         if status >= 500:
             self.errors += 1
+            self.now.errors += 1
             self._errors.inc()
         if status == 200:
-            self._latest_s.append(seconds)
+            self.now.latest_s.append(seconds)
             self._seconds.observe(seconds)
 
     def ran(self, rows: int) -> None:
@@ -68,14 +93,10 @@ class Metrics:
         self._rows.observe(rows)
 
     def serves(self, *, model: str, version: str, artifact: str) -> None:
-        """Note what is served from now on."""
+        """Note what is served from now on; answers that are under way count as its own."""
+        self.now = VersionMetrics(version)
         self._serving.clear()
         self._serving.labels(model, version, artifact).set(1)
-
-    @property
-    def p50_ms(self) -> float | None:
-        """Median latency of the latest requests; None before the first."""
-        return statistics.median(self._latest_s) * 1000 if self._latest_s else None
 
     def render(self) -> bytes:
         """Return all of it in Prometheus' text format."""

@@ -118,8 +118,18 @@ async def _report(metrics: Metrics, say: Say) -> None:
     while True:
         await asyncio.sleep(_STATS_EVERY_S)
         if metrics.requests != said:
-            said = metrics.requests
-            say(Stats(requests=said, errors=metrics.errors, p50_ms=metrics.p50_ms))
+            said, now = metrics.requests, metrics.now
+            say(
+                Stats(
+                    requests=said,
+                    errors=metrics.errors,
+                    version=now.version,
+                    version_requests=now.requests,
+                    version_errors=now.errors,
+                    p50_ms=now.p50_ms,
+                    p95_ms=now.p95_ms,
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from edge_agent.inference.messages import (
     RESTORING,
     Activate,
@@ -30,6 +32,7 @@ from shared.child import Child
 from shared.errors import PeerError, UnavailableError, UnfitModelError
 from shared.files import write_atomic
 from shared.listening import require_free_port, require_loopback
+from shared.messages import ServedFigures
 
 ADDRESS_FILE = "inference-address"  # in the agent's home while the server runs: host:port
 _BACKLOG = 1024
@@ -52,6 +55,8 @@ class ServingFacts:
     requests: int = 0
     errors: int = 0
     p50_ms: float | None = None
+    figures: ServedFigures | None = None  # of the version that was served last
+    figures_before: ServedFigures | None = None  # of the one before, when it was replaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,7 @@ class InferenceServer:
         bound: int = self._listener.getsockname()[1]
         self._facts = ServingFacts(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
         self._before = (0, 0)  # requests and errors of children that are gone
+        self._before_of_version = (0, 0)  # likewise, since the served version took over
         self._slot: Path | None = None
         self._child: Child | None = None
         self._up = asyncio.Event()  # a child is ready, and has its model back
@@ -211,7 +217,7 @@ class InferenceServer:
                 else:
                     await child.send(Activate(ticket=RESTORING, slot=str(self._slot)))
             case Activated(version=version, artifact=artifact):
-                self._facts = replace(self._facts, version=version, artifact=artifact)
+                self._note_served(version, artifact)
                 self._up.set()
                 self._answer(message)
             case Refused(cause=cause):
@@ -221,14 +227,38 @@ class InferenceServer:
                     self._on_loss()
                 self._up.set()
                 self._answer(message)
-            case Stats(requests=requests, errors=errors, p50_ms=p50_ms):
-                before = self._before
-                self._facts = replace(
-                    self._facts,
-                    requests=before[0] + requests,
-                    errors=before[1] + errors,
-                    p50_ms=p50_ms,
-                )
+            case Stats():
+                self._note_stats(message)
+
+    def _note_served(self, version: str, artifact: str) -> None:
+        """Count anew for a version that is new; a fresh child may just have its model back."""
+        facts = replace(self._facts, version=version, artifact=artifact)
+        known = facts.figures
+        if known is None or (known.version, known.artifact) != (version, artifact):
+            self._before_of_version = (0, 0)
+            fresh = ServedFigures(version=version, artifact=artifact)
+            facts = replace(facts, figures=fresh, figures_before=known)
+        self._facts = facts
+
+    def _note_stats(self, stats: Stats) -> None:
+        requests, errors = self._before
+        facts = replace(
+            self._facts,
+            requests=requests + stats.requests,
+            errors=errors + stats.errors,
+            p50_ms=stats.p50_ms,
+        )
+        figures = facts.figures
+        if figures is not None and figures.version == stats.version:
+            requests, errors = self._before_of_version
+            figures = msgspec.structs.replace(
+                figures,
+                requests=requests + stats.version_requests,
+                errors=errors + stats.version_errors,
+                p50_ms=stats.p50_ms,
+                p95_ms=stats.p95_ms,
+            )
+        self._facts = replace(facts, figures=figures)
 
     def _answer(self, message: Activated | Refused) -> None:
         """Wake whoever waits for this answer, if anybody still does."""
@@ -245,7 +275,14 @@ class InferenceServer:
         self._child = None
         self._up.clear()
         self._before = (self._facts.requests, self._facts.errors)
-        self._facts = replace(self._facts, version=None, artifact=None, p50_ms=None)
+        figures = self._facts.figures
+        if figures is not None:
+            self._before_of_version = (figures.requests, figures.errors)
+            if self._pending is None:  # else it died of the model that it was to load
+                figures = msgspec.structs.replace(figures, crashes=figures.crashes + 1)
+        self._facts = replace(
+            self._facts, version=None, artifact=None, p50_ms=None, figures=figures
+        )
         if self._pending is not None and not self._pending.answer.done():
             cause = f"{ending} while it loaded the model"
             self._pending.answer.set_exception(UnfitModelError(cause))

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import hashlib
 import random
 import uuid
 from base64 import b64encode
 from collections.abc import AsyncIterator
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import msgspec
@@ -27,6 +28,7 @@ from shared.messages import (
     DeploymentState,
     Desired,
     Envelope,
+    Health,
     Hello,
     Invitation,
     InvitationAnswer,
@@ -36,6 +38,7 @@ from shared.messages import (
     PresenceState,
     ReplyWaiting,
     Reported,
+    ServedFigures,
     SumAnswer,
     SumQuestion,
     decode,
@@ -48,6 +51,7 @@ from shared.messages import (
 )
 from shared.mqtt import MqttSession, Outgoing
 from shared.signing import SigningKey, VerifyingKey, open_sealed
+from tests.integration.coordinator.artifacts import artifact_of
 
 
 class DeviceKeys:
@@ -90,6 +94,9 @@ class FakeDevice:
         self.tasks: tuple[str, ...] = ("digits",)
         self.refuses = ""
         self.trains = True  # answers each nudge with a reply
+        self.serves: str | None = None  # a version
+        self.deaf = False  # to what should be served
+        self.spurns: set[str | None] = set()  # versions that it takes for unfit
         self.heard: list[Envelope] = []
         command = VerifyingKey.from_text(reply.command_key)
         self._trusted = {command.key_id: command}
@@ -196,17 +203,56 @@ class FakeDevice:
                         answer=f"{self.device_id} heard ".encode() + question,
                     )
                 )
-            case Desired(version=version, model_version=model_version):
-                await self.say(
-                    Reported(
-                        boot=self.boot,
-                        desired_version=version,
-                        deployment=DeploymentState.SERVING,
-                        serving_version=model_version,
-                    )
-                )
+            case Desired() if not self.deaf:
+                await self._obey(envelope.body)
             case _:
                 pass
+
+    async def _obey(self, desired: Desired) -> None:
+        """Serve what is desired, unless it is among what this device ``spurns``."""
+        version, spurned = desired.model_version, desired.model_version in self.spurns
+        if not spurned:
+            self.serves = version
+            await self.say_serving(desired.version)
+            return
+        await self.say(
+            Reported(
+                boot=self.boot,
+                desired_version=desired.version,
+                deployment=DeploymentState.FAILED,
+                serving_version=self.serves,
+                serving_artifact=self.artifact,
+                cause="the model did not survive its self-test",
+                failure="unfit",
+            )
+        )
+
+    async def say_serving(self, desired_version: int) -> None:
+        """Report what it serves, in answer to a desired state."""
+        await self.say(
+            Reported(
+                boot=self.boot,
+                desired_version=desired_version,
+                deployment=DeploymentState.SERVING,
+                serving_version=self.serves,
+                serving_artifact=self.artifact,
+            )
+        )
+
+    @property
+    def artifact(self) -> str | None:
+        """Digest of the file that it says it serves."""
+        if self.serves is None:
+            return None
+        return hashlib.sha256(artifact_of(self.serves)).hexdigest()
+
+    async def say_health(self, before: str | None = None, **figures: Any) -> None:
+        """Say how what is served does, beside the version ``before``."""
+        assert self.serves is not None
+        assert self.artifact is not None
+        served = ServedFigures(version=self.serves, artifact=self.artifact, **figures)
+        old = None if before is None else ServedFigures(version=before, artifact="0" * 64)
+        await self.say(Health(boot=self.boot, served=served, before=old))
 
     async def _answer(self, invitation: Invitation) -> None:
         run_id, session_id = invitation.run_id, invitation.session_id

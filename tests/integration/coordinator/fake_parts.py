@@ -18,7 +18,7 @@ from cloud_coordinator.database import Database
 from cloud_coordinator.keys import Keys
 from cloud_coordinator.models.pipeline_messages import Calibration
 from cloud_coordinator.models.service import ModelService
-from cloud_coordinator.models.tables import ModelVersionRow
+from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from cloud_coordinator.serve import run_service
 from cloud_coordinator.settings import Settings, load_settings
 from shared.child import Child
@@ -27,6 +27,7 @@ from shared.logs import configure_logging
 from shared.messages import utc_now
 from shared.run_plan import RunPlan
 from shared.statistics.probes import Probe, ProbeColumn
+from tests.integration.coordinator.artifacts import artifact_of
 
 PROBE = Probe(model_sha256="a" * 64, columns=(ProbeColumn("x", "high", 0.0),))
 _WAIT_FOR_PARENT = "import sys; sys.stdin.read()"
@@ -89,6 +90,7 @@ class FakeModels(ModelService):
         if plan.name == "unfit":
             raise UnfitModelError("the exported model computes something else")
         answers = calibration.answers if calibration else ()
+        artifact = self._blobs.put(artifact_of(_version_of(run_id)))
         with self._database.transaction() as session:
             session.merge(
                 ModelVersionRow(
@@ -100,17 +102,31 @@ class FakeModels(ModelService):
                     parameters_sha256=parameters_sha256,
                     parent=parent,
                     built=msgspec.json.encode(answers),
+                    variants=[
+                        VariantRow(
+                            variant="fp32",
+                            position=0,
+                            shipped=True,
+                            passed=True,
+                            sha256=artifact,
+                            session_config={},
+                        )
+                    ],
                 )
             )
 
     async def sign(self, run_id: str, plan: RunPlan) -> str:
         del plan
-        version = hashlib.sha256(run_id.encode()).hexdigest()
+        version = _version_of(run_id)
         with self._database.transaction() as session:
             row = session.get(ModelVersionRow, run_id)
             assert row is not None
             row.version, row.state, row.sealed = version, "signed", b"sealed"
         return version
+
+
+def _version_of(run_id: str) -> str:
+    return hashlib.sha256(run_id.encode()).hexdigest()
 
 
 def fake_models(database: Database, blobs: BlobStore, keys: Keys, home: Path) -> FakeModels:

@@ -36,7 +36,16 @@ ADMIN_ROUTES = [
     ("POST", "/v1/runs/x/stop"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/x"),
-    ("POST", "/v1/models/x/deploy"),
+    ("GET", "/v1/models/x/card"),
+    ("GET", "/v1/models/x/compare/y"),
+    ("GET", "/v1/models/x/notes"),
+    ("POST", "/v1/models/x/notes"),
+    ("POST", "/v1/rollouts"),
+    ("GET", "/v1/rollouts"),
+    ("GET", "/v1/rollouts/x"),
+    ("POST", "/v1/rollouts/x/pause"),
+    ("POST", "/v1/rollouts/x/resume"),
+    ("POST", "/v1/rollouts/x/abort"),
 ]
 
 
@@ -110,7 +119,15 @@ async def test_an_enrolment_reply_holds_all_that_a_device_must_know(tmp_path: Pa
             "unknown key 'ruonds' at the top; did you mean 'rounds'",
         ),
         ("/v1/runs/nothing/stop", b"", 404, "there is no run 'nothing'; 'shoal run list'"),
-        ("/v1/models/nothing/deploy", b"", 404, "no run made a model version 'nothing'"),
+        (
+            "/v1/models/nothing/notes",
+            b'{"author": "a", "text": "b"}',
+            404,
+            "there is no model version 'nothing'; 'shoal model list'",
+        ),
+        ("/v1/models/nothing/notes", b'{"author": "a", "text": ""}', 400, "body.text: .*change it"),
+        ("/v1/rollouts", b'{"version": "x"}', 404, "no run made a model version 'x'"),
+        ("/v1/rollouts/x/pause", b"", 404, "there is no rollout 'x'; 'shoal rollout list'"),
         ("/v1/elsewhere", b"", 404, "Not Found"),
     ],
 )
@@ -131,9 +148,11 @@ async def test_a_deployed_version_can_be_chosen_by_hand(service: Live) -> None:
         by_hand = msgspec.structs.replace(plan(rounds=1), deploy=False)
         run = await service.ended(await service.start(by_hand))
         assert (await service.get("/v1/devices/a"))["desired"] is None
-        answer = await service.client.post(f"/v1/models/{run['model_version']}/deploy")
-        assert answer.json() == {"version": run["model_version"], "task": "digits", "devices": 1}
-        assert (await service.get("/v1/devices/a"))["desired"]["version"] == 1
+        answer = await service.client.post("/v1/rollouts", json={"version": run["model_version"]})
+        assert answer.json()["state"] == "completed"
+        assert [device["device_id"] for device in answer.json()["devices"]] == ["a"]
+        desired = (await service.get("/v1/devices/a"))["desired"]
+        assert desired["model_version"] == run["model_version"]
 
 
 class OneDevice:

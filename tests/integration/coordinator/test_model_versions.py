@@ -19,6 +19,7 @@ from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database
 from cloud_coordinator.migrations.tables import METADATA
 from cloud_coordinator.models.api import router
+from cloud_coordinator.models.catalogue import Catalogue
 from cloud_coordinator.models.lifecycle import VersionState
 from cloud_coordinator.models.pipeline_child import run_pipeline
 from cloud_coordinator.models.pipeline_messages import BuildVersion
@@ -334,6 +335,8 @@ def shelf(tmp_path: Path) -> Iterator[Registry]:
 
 def make_current(registry: Registry, version: str) -> None:
     with registry.database.transaction() as session:
+        registry.service.begin_rollout(session, version)
+        session.expire_all()
         registry.service.make_current(session, version)
 
 
@@ -345,7 +348,7 @@ def test_a_new_current_version_supersedes_the_old_one_of_its_model_only(shelf: R
     old = add_version(shelf, "old", age_days=2)
     new = add_version(shelf, "new", age_days=1)
     other = add_version(shelf, "other", age_days=3, model="health")
-    for version in (old, other, new, new):
+    for version in (old, other, new):
         make_current(shelf, version)
     assert states(shelf) == {"old": "superseded", "new": "current", "other": "current"}
 
@@ -416,6 +419,7 @@ async def api(registry: Registry) -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
     app.include_router(router)
     app.state.models = registry.service
+    app.state.catalogue = Catalogue(registry.database)
     app.state.devices = OneDevice()
     app.state.admin_token = "admin-token"
     app.state.clock = lambda: NOW

@@ -1,6 +1,7 @@
 """Whole runs through a real broker and database, with a worker that misbehaves on request."""
 
 import asyncio
+import hashlib
 import os
 import signal
 import threading
@@ -32,6 +33,7 @@ from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import RunPlan
 from shared.statistics.questions import Count, StatisticsQuestion
 from shared.statistics.vectors import Answer
+from tests.integration.coordinator.artifacts import artifact_of
 from tests.integration.coordinator.fake_parts import fake_parts, quick_settings
 from tests.integration.coordinator.fake_worker import parameters_after
 from tests.integration.coordinator.live import live, plan, until
@@ -423,10 +425,11 @@ async def test_blobs_that_nothing_needs_are_removed_between_runs(tmp_path: Path)
         async with device.online():
             run = await service.ended(await service.start(plan(rounds=5)))
         digests = [record["parameters_sha256"] for record in run["rounds"]]
+        artifact = hashlib.sha256(artifact_of(run["model_version"])).hexdigest()
 
         async def only_the_last_are_left() -> bool:
             folder = tmp_path / "home" / "blobs"
-            return {path.name for path in folder.glob("??/*")} == set(digests[-2:])
+            return {path.name for path in folder.glob("??/*")} == {*digests[-2:], artifact}
 
         await until("the others to be removed", only_the_last_are_left)
 

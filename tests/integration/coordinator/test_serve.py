@@ -115,7 +115,7 @@ async def test_an_operator_starts_and_watches_a_run(served: Served, tmp_path: Pa
     device = await FakeDevice.enrol(served.url, served.token, "camera-1")
     file = tmp_path / "plan.toml"
     file.write_text(
-        'name = "nightly"\nrounds = 2\n[task]\nname = "digits"\nuses = "u"\n'
+        'name = "nightly"\nrounds = 2\ndeploy = false\n[task]\nname = "digits"\nuses = "u"\n'
         '[privacy]\nmode = "plain"\n'
     )
     async with device.online():
@@ -131,8 +131,14 @@ async def test_an_operator_starts_and_watches_a_run(served: Served, tmp_path: Pa
         ("run", "list"): run["run_id"],
         ("run", "show", run["run_id"]): "loss=",
         ("model", "list"): run["model_version"][:12],
+        ("model", "note", run["model_version"][:8], "for | the spring"): "noted about",
         ("model", "show", run["model_version"][:8]): "2 rounds",
-        ("rollout", "start", run["model_version"][:8]): "goes to 1 devices",
+        ("model", "list", "--text", "SPRING"): run["model_version"][:12],
+        ("model", "list", "--state", "rejected"): "no model version fits",
+        ("model", "card", run["model_version"][:8]): "for \\| the spring",
+        ("model", "compare", run["model_version"][:8], run["model_version"][:9]): "rounds",
+        ("rollout", "start", run["model_version"][:8]): "completed, wave 1 of 1",
+        ("rollout", "list"): "completed",
     }.items():
         status, out, err = await shoal(*command, *home)
         assert (status, err) == (0, "")
@@ -152,6 +158,7 @@ async def test_commands_say_what_is_wrong_in_one_sentence(served: Served, tmp_pa
         ("run", "stop", "nothing", *home): "there is no run 'nothing'",
         ("device", "show", "nobody", *home): "there is no device 'nobody'",
         ("model", "show", "abc", *home): "no model version begins with 'abc'",
+        ("model", "list", "--state", "x", *home): "there is no state 'x'; choose one of: candidate",
         ("run", "list", "--home", tmp_path / "x"): "no coordinator was started in",
     }
     for argv, sentence in sentences.items():

@@ -22,7 +22,7 @@ from edge_agent.inference.supervisor import InferenceServer
 from edge_agent.slot_files import MODEL
 from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
 from shared.manifest import TensorSpec
-from shared.messages import DeploymentState
+from shared.messages import DeploymentState, Failure
 from shared.signed_manifest import sign_manifest
 from shared.signing import SigningKey
 from tests.integration.inference.conftest import RNG, running
@@ -82,7 +82,8 @@ class Device:
         )
         self.deployment = Deployment(home, TRUSTED, server, fetch, self._report)
 
-    async def _report(self, state: DeploymentState, cause: str) -> None:
+    async def _report(self, state: DeploymentState, cause: str, failure: Failure) -> None:
+        self.failure = failure
         self.told.append((state.value, cause))
 
     @property
@@ -301,8 +302,8 @@ async def test_a_newer_wish_cancels_the_one_before(scene: Scene) -> None:
     testing = asyncio.Event()
     report = scene.deployment._report
 
-    async def watch(state: DeploymentState, cause: str) -> None:
-        await report(state, cause)
+    async def watch(state: DeploymentState, cause: str, failure: Failure) -> None:
+        await report(state, cause, failure)
         if state is DeploymentState.TESTING:
             testing.set()
 

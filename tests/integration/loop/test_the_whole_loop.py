@@ -133,7 +133,7 @@ def test_every_agent_serves_the_result_then_a_better_one_then_the_first_again_if
             assert client.versions == [second["model_version"]]
             answers = client.infer(digits.test.inputs.astype(np.float32)).argmax(axis=1)
         assert np.mean(answers == digits.test.targets) >= 0.9
-    fleet.post(f"/v1/models/{first['model_version']}/deploy")
+    fleet.post("/v1/rollouts", {"version": first["model_version"]})
     all_serve(fleet, first["model_version"])
 
 

@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from cloud_coordinator.rounds.sum_plan import make_config, statistics_spec
+from cloud_coordinator.rounds.sum_plan import SumOccasion, make_config, statistics_spec
 from edge_agent import training_app
 from edge_agent.data_registry import DataRegistry
 from edge_agent.local_data import check_data
@@ -87,22 +87,20 @@ def config_for(
         max_rows=question.max_rows,
         question_digest=statistics_question(msgspec.json.encode(question)),
     )
-    return make_config(
-        plan,
-        spec,
-        session=secrets.token_bytes(32),
+    occasion = SumOccasion(
         run_id=run_id,
         fleet=fleet,
         round_number=round_number,
         group=0,
         groups=1,
-        roster_max=devices,
+        session=secrets.token_bytes(32),
         server_key=SERVER_KEY.public_key().public_bytes_raw(),
         membership_version=1,
         expires_at=expires_at,
         mask_algorithm="aes-128-ctr",
         rotation_seed=bytes(16),
     )
+    return make_config(plan, spec, occasion, roster_max=devices)
 
 
 # --- the ClientApp -------------------------------------------------------------------------------

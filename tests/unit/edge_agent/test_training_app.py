@@ -344,11 +344,7 @@ def test_in_a_secure_round_the_reply_holds_a_signed_answer_and_nothing_else(
 def test_a_sum_that_the_owner_does_not_allow_is_refused_before_anything_is_trained(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("the owner said no")
-
-    for name in ("train", "evaluate"):
-        monkeypatch.setattr(training_app, name, never)
+    fail_on_rows(monkeypatch, AssertionError("the owner said no"))
     for reply in secure_replies(home, tmp_path, "exact_sums = true\n"):
         assert "min_cohort = 18 in policy.toml" in failure_of(reply)
 
@@ -362,10 +358,7 @@ def test_parameters_other_than_those_signed_for_are_refused(tmp_path: Path, home
 def test_training_that_is_stopped_is_a_signed_refusal_with_its_reason(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise StoppedError("training was stopped")
-
-    monkeypatch.setattr(training_app, "train", stop)
+    fail_on_rows(monkeypatch, StoppedError("training was stopped"))
     trained, *_ = secure_replies(home, tmp_path, "min_cohort = 3\nexact_sums = true\n")
 
     answer = decode(cast("bytes", trained.content["sum"]["answer"]), SignedAnswer)
@@ -375,11 +368,7 @@ def test_training_that_is_stopped_is_a_signed_refusal_with_its_reason(
 def test_what_a_task_says_about_its_rows_goes_no_further(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def quote(*_: object, **__: object) -> None:
-        raise DataError("row 3 is of Mrs Jones")
-
-    monkeypatch.setattr(training_app, "train", quote)
-    monkeypatch.setattr(training_app, "evaluate", quote)
+    fail_on_rows(monkeypatch, DataError("row 3 is of Mrs Jones"))
     trained, *others = secure_replies(home, tmp_path, "min_cohort = 3\nexact_sums = true\n")
 
     answer = decode(cast("bytes", trained.content["sum"]["answer"]), SignedAnswer)
@@ -409,11 +398,7 @@ def test_training_that_diverges_goes_into_the_sum_as_zeros(
 def test_a_task_that_fails_on_its_rows_goes_into_the_sum_as_nothing(
     tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("all elements of input should be between 0 and 1")
-
-    monkeypatch.setattr(training_app, "train", fail)
-    monkeypatch.setattr(training_app, "evaluate", fail)
+    fail_on_rows(monkeypatch, RuntimeError("all elements of input should be between 0 and 1"))
 
     trained, evaluated, *_ = secure_replies(home, tmp_path, "min_cohort = 3\nexact_sums = true\n")
 
@@ -458,6 +443,16 @@ def test_statistics_leave_in_no_other_way_than_a_sum(home: Path) -> None:
     assert failure_of(app(message, context_of(home))) == (
         "statistics leave a device only in a secure sum"
     )
+
+
+def fail_on_rows(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let whatever the task is asked to do with rows end in ``error``."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("train", "evaluate"):
+        monkeypatch.setattr(training_app, name, fail)
 
 
 def secure_replies(

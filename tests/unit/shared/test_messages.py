@@ -26,6 +26,7 @@ from shared.messages import (
     Desired,
     DismissFromRun,
     Envelope,
+    Health,
     Hello,
     Invitation,
     InvitationAnswer,
@@ -38,6 +39,7 @@ from shared.messages import (
     RelayedStage,
     ReplyWaiting,
     Reported,
+    ServedFigures,
     SumAnswer,
     SumQuestion,
     Telemetry,
@@ -83,6 +85,10 @@ BODIES: tuple[AnyBody, ...] = (
     ),
     Telemetry(boot="b", seq=1, cpu_percent=1.5, memory_bytes=1, disk_free_bytes=1),
     Reported(boot="b", desired_version=3, deployment=DeploymentState.FAILED, cause="no space"),
+    Health(
+        boot="b",
+        served=ServedFigures(version="a" * 64, artifact="b" * 64, requests=3, p95_ms=0.4),
+    ),
     JoinedRun(run_id="r", session_id="s"),
     LeftRun(run_id="r", session_id="s", cause="dismissed"),
     ReplyWaiting(run_id="r", session_id="s", message_id="m"),
@@ -310,4 +316,9 @@ def test_a_words_field_is_bounded_on_arrival_and_cut_before_sending() -> None:
 
 def test_messages_on_the_wire_stay_readable_json() -> None:
     document = msgspec.json.decode(b64decode(json.loads(sealed(Desired(version=1)))["payload"]))
-    assert document["body"] == {"type": "desired", "version": 1, "model_version": None}
+    assert document["body"] == {
+        "type": "desired",
+        "version": 1,
+        "model_version": None,
+        "watch_s": 0.0,
+    }

@@ -16,8 +16,8 @@ class _Scripted(ApiClient):
     def __init__(self, *script: dict[str, Any] | Exception) -> None:
         self._script = list(script)
 
-    def get(self, path: str) -> Any:
-        assert path == "/v1/runs/tumour-1"
+    def get(self, path: str, **query: str | None) -> Any:
+        assert (path, query) == ("/v1/runs/tumour-1", {})
         step = self._script.pop(0) if len(self._script) > 1 else self._script[0]
         if isinstance(step, Exception):
             raise step

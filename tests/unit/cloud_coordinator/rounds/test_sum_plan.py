@@ -10,6 +10,7 @@ from cloud_coordinator.rounds.plan_explanation import explain
 from cloud_coordinator.rounds.robust import mean_of
 from cloud_coordinator.rounds.sum_plan import (
     MAX_EXAMPLES,
+    SumOccasion,
     SumQuestionSpec,
     evaluation_spec,
     exact_lane,
@@ -48,21 +49,21 @@ def plan_of(
 
 def config_for(plan: RunPlan, question: SumQuestionSpec, **changed: Any) -> SumConfig:
     layout = plan.layout(grouped=question.purpose == "train")
-    given: dict[str, Any] = {
-        "session": bytes(32),
-        "run_id": "run-1",
-        "fleet": "main",
-        "round_number": 3,
-        "group": 0,
-        "groups": layout.groups,
-        "roster_max": layout.max_roster,
-        "server_key": bytes(32),
-        "membership_version": 1,
-        "expires_at": datetime(2030, 1, 1, tzinfo=UTC),
-        "mask_algorithm": "aes-128-ctr",
-        "rotation_seed": bytes(range(16)),
-    }
-    return make_config(plan, question, **given | changed)
+    given: dict[str, Any] = {"roster_max": layout.max_roster} | changed
+    occasion = SumOccasion(
+        run_id="run-1",
+        fleet="main",
+        round_number=3,
+        group=0,
+        groups=layout.groups,
+        session=bytes(32),
+        server_key=bytes(32),
+        membership_version=1,
+        expires_at=datetime(2030, 1, 1, tzinfo=UTC),
+        mask_algorithm="aes-128-ctr",
+        rotation_seed=bytes(range(16)),
+    )
+    return make_config(plan, question, occasion, **given)
 
 
 def training(plan: RunPlan, length: int = 1000) -> SumQuestionSpec:
@@ -79,7 +80,7 @@ def lanes_of(config: SumConfig) -> list[str]:
 
 def test_a_config_says_what_the_plan_says() -> None:
     plan = plan_of(20, {"at_least": 12, "drop_fraction": 0.2, "corrupt_devices": 3})
-    config = config_for(plan, training(plan), group=0)
+    config = config_for(plan, training(plan))
     assert (config.min_survivors, config.max_roster) == (15, 20)
     assert (config.at_least, config.corrupt_devices, config.drop_fraction) == (12, 3, 0.2)
     assert config.threshold == "majority"

@@ -16,7 +16,7 @@ from shared.secure_sum.lifecycle import (
     next_client_state,
     next_server_state,
 )
-from tests.unit.shared.secure_sum.diagrams import draw
+from tests.diagrams import draw
 
 PAGE = Path(__file__).parents[4] / "docs" / "protocol.md"
 

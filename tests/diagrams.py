@@ -1,4 +1,4 @@
-"""Draws a lifecycle's table as a Mermaid diagram; docs/protocol.md shows what this returns."""
+"""Draws a lifecycle's table as a Mermaid diagram; pages show what this returns."""
 
 from collections.abc import Mapping
 from enum import StrEnum

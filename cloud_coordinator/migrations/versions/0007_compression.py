@@ -1,7 +1,7 @@
 """What compressions have done, and what was built of a version before it is signed.
 
-Revision: 0005
-After: 0004
+Revision: 0007
+After: 0006
 """
 
 import sqlalchemy as sa
@@ -9,8 +9,8 @@ from alembic import op
 
 from cloud_coordinator.database import UtcDateTime
 
-revision = "0005"
-down_revision = "0004"
+revision = "0007"
+down_revision = "0006"
 branch_labels = None
 depends_on = None
 
