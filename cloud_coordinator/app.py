@@ -26,6 +26,9 @@ from starlette.exceptions import HTTPException
 from cloud_coordinator import health
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.broker import start_broker
+from cloud_coordinator.compression import api as compression_api
+from cloud_coordinator.compression.records import StepRecords
+from cloud_coordinator.compression.service import Compressions
 from cloud_coordinator.control_link import ControlLink
 from cloud_coordinator.database import Database
 from cloud_coordinator.devices import api as devices_api
@@ -149,6 +152,8 @@ class Coordinator:
         )
         self.rollouts = RolloutService(self.database, self.models, self.link, clock=utc_now)
         self.records = RunRecords(self.database, clock=utc_now)
+        self.steps = StepRecords(self.database, clock=utc_now)
+        self.compressions = Compressions(self.steps, self.models)
         self.runs = RunService(
             self.database,
             self.records,
@@ -198,10 +203,19 @@ class Coordinator:
         state.devices, state.enrolment = self.devices, self.enrolment
         state.membership = self.membership
         state.runs, state.rollouts, state.models = self.runs, self.rollouts, self.models
+        state.compressions = self.compressions
         state.catalogue = Catalogue(self.database)
         state.link, state.supervisors = self.link, self.supervisors
         state.seal_reply = self._seal_reply
-        for api in (health, devices_api, membership_api, runs_api, rollouts_api, models_api):
+        for api in (
+            health,
+            devices_api,
+            membership_api,
+            runs_api,
+            compression_api,
+            rollouts_api,
+            models_api,
+        ):
             app.include_router(api.router)
         app.add_exception_handler(ShoalError, _as_response)
         app.add_exception_handler(RequestValidationError, _as_response)
@@ -230,6 +244,7 @@ class Coordinator:
             ),
             superlink=self.superlink,
             models=self.models,
+            compressions=self.compressions,
             rollouts=self.rollouts,
             most_crashes=settings.worker_crashes,
             rng=rng,
@@ -274,7 +289,9 @@ class Coordinator:
         """
         began = utc_now() - spare
         protect = self.rollouts.versions_in_use()
-        keep = self.records.blobs_in_use() | self.models.blobs_to_keep(protect=protect)
+        active = {row.run_id for row in self.records.active()}
+        keep = self.records.blobs_in_use() | self.steps.blobs_in_use()
+        keep |= self.models.blobs_to_keep(protect=protect, active=active)
         if removed := self.blobs.collect(keep, before=began):
             logger.info("removed %d blobs that nothing needs any more", removed)
 

@@ -8,6 +8,7 @@ import typer
 
 from cloud_coordinator.broker import write_mosquitto_config
 from cloud_coordinator.commands.client import AsJson
+from cloud_coordinator.commands.compressions import compressions
 from cloud_coordinator.commands.devices import devices, tokens
 from cloud_coordinator.commands.membership import memberships
 from cloud_coordinator.commands.models import models
@@ -34,6 +35,7 @@ app.add_typer(memberships, name="membership")
 app.add_typer(runs, name="run")
 app.add_typer(statistics, name="stats")
 app.add_typer(models, name="model")
+app.add_typer(compressions, name="compression")
 app.add_typer(rollouts, name="rollout")
 app.add_typer(brokers, name="broker")
 

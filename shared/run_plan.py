@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from shared.compression_plan import CompressionPlan
 from shared.config import convert, read_document, read_toml
 from shared.errors import ConfigError
 from shared.plan_checks import check_plan
@@ -24,12 +25,14 @@ from shared.privacy_plan import (
     with_roster,
 )
 from shared.rollout_plan import RolloutPlan
-from shared.statistics.questions import StatisticsQuestion
+from shared.statistics.questions import RowsPerDevice, StatisticsQuestion
 from shared.statistics_plan import privacy_of_statistics
 from shared.tasks.spec import TaskSpec
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
+
+_LONGEST_PREFIX = 50  # of a plan's name, that the names of runs it leads to begin with
 
 
 class TrainingPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,6 +78,7 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     aggregation: AggregationPlan = AggregationPlan()
     evaluate: bool = True  # measure each round's result on held-out rows of its cohort
     deploy: bool = True  # ship the result to every device that has data for the task
+    compression: CompressionPlan | None = None  # how the result is made smaller; None: as it comes
     rollout: RolloutPlan | None = None  # in which waves; None: to all at once
     statistics: StatisticsQuestion | None = None  # such a run asks this, once, and trains nothing
 
@@ -101,9 +105,47 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         if cohort.quorum < fewest:
             resolved = msgspec.structs.replace(cohort, quorum=fewest)
             msgspec.structs.force_setattr(self, "cohort", resolved)
+        if self.compression is not None and self.compression.int8:
+            self._check_calibration()
+
+    def _check_calibration(self) -> None:
+        """Refuse now what would fail only after training."""
+        try:
+            self.calibration(StatisticsQuestion(of=(RowsPerDevice(),)))
+        except ConfigError as error:
+            raise ConfigError(
+                f"[compression] int8 = true asks devices for ranges after training: {error}; "
+                "or write int8 = false"
+            ) from error
+
+    def calibration(self, question: StatisticsQuestion) -> "RunPlan":
+        """Return the plan of the run that asks this one's devices for ranges.
+
+        Raises:
+            ConfigError: they cannot be asked so.
+        """
+        assert self.compression is not None
+        privacy = msgspec.structs.replace(
+            self.privacy,
+            noise=self.compression.calibration_noise,
+            weights="uniform",
+            adaptive_clipping=False,
+        )
+        return RunPlan(
+            name=f"{self.name[:_LONGEST_PREFIX]}-calibrate",
+            task=self.task,
+            seed=self.seed,
+            cohort=self.cohort,
+            privacy=privacy,
+            statistics=question,
+        )
 
     def _leave_out_training(self) -> None:
         """Write down what the rest of the plan comes to in a run that only asks."""
+        if self.compression is not None:
+            raise ConfigError(
+                "[compression] is of a model, and a run with [statistics] makes none: leave it out"
+            )
         privacy = privacy_of_statistics(self.privacy, self.aggregation, asked=self.cohort.asked)
         for name, value in {
             "privacy": privacy,

@@ -10,12 +10,15 @@ import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
+from cloud_coordinator.compression.api import router as compressions
+from cloud_coordinator.compression.steps import Step
 from cloud_coordinator.devices.api import router as devices
 from cloud_coordinator.devices.membership_api import router as membership
 from cloud_coordinator.health import router as health
 from cloud_coordinator.models.api import router as models
 from cloud_coordinator.models.lifecycle import TRANSITIONS as VERSION_TRANSITIONS
 from cloud_coordinator.models.lifecycle import VersionState
+from cloud_coordinator.models.static_int8 import KINDS
 from cloud_coordinator.rollouts.api import router as rollouts
 from cloud_coordinator.rollouts.lifecycle import TRANSITIONS, RolloutState
 from cloud_coordinator.rounds.lifecycle import RoundState
@@ -24,6 +27,7 @@ from cloud_coordinator.runs.lifecycle import RunState
 from cloud_coordinator.runs.recruitment import InvitationState
 from cloud_coordinator.settings import Settings
 from edge_agent.settings import AgentSettings
+from shared.compression_plan import CompressionPlan
 from shared.messages import DOWN, UP, Body, DeploymentState
 from shared.privacy_plan import AggregationPlan, PrivacyPlan
 from shared.rollout_plan import GatePlan, RolloutPlan, WavePlan, WindowPlan
@@ -52,6 +56,7 @@ def test_every_setting_is_documented() -> None:
         CohortPlan,
         PrivacyPlan,
         AggregationPlan,
+        CompressionPlan,
         RolloutPlan,
         WavePlan,
         WindowPlan,
@@ -60,7 +65,7 @@ def test_every_setting_is_documented() -> None:
 )
 def test_every_key_of_a_plan_is_documented(struct: type) -> None:
     sections = {"training", "cohort", "privacy", "aggregation", "statistics"}
-    sections |= {"rollout", "waves", "windows", "gates"}
+    sections |= {"compression", "rollout", "waves", "windows", "gates"}
     plan = page("operation.md").split("## A plan")[1].split("## Statistics")[0]
     keys = set(struct.__struct_fields__) - sections - {"strategy"}  # type: ignore[attr-defined]
     pages = plan + page("models.md").split("## Rollouts")[1]
@@ -82,7 +87,9 @@ def test_every_statistic_is_documented_with_all_its_keys() -> None:
         assert all(f"`{key}`" in section for key in shared)
 
 
-@pytest.mark.parametrize("router", [devices, health, membership, models, rollouts, runs])
+@pytest.mark.parametrize(
+    "router", [compressions, devices, health, membership, models, rollouts, runs]
+)
 def test_every_route_is_documented(router: APIRouter) -> None:
     routes = [route for route in router.routes if isinstance(route, APIRoute)]
     assert routes
@@ -101,6 +108,16 @@ def test_every_message_is_documented(body: type[Body]) -> None:
 )
 def test_every_state_is_documented(states: type[StrEnum]) -> None:
     assert not [state for state in states if f"`{state.value}`" not in page("control.md")]
+
+
+def test_every_step_of_a_compression_is_documented() -> None:
+    assert not [step for step in Step if f"| `{step.value}` |" not in page("models.md")]
+
+
+def test_every_variant_is_documented_with_what_it_needs() -> None:
+    for kind in KINDS:
+        (row,) = [x for x in page("models.md").splitlines() if x.startswith(f"| `{kind.name}` |")]
+        assert all(f"`{need}`" in row for need in kind.needs)
 
 
 @pytest.mark.parametrize("table", [VERSION_TRANSITIONS, TRANSITIONS])

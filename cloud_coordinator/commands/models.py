@@ -66,7 +66,7 @@ def show_model(version: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = Fal
         }
     )
     rows = [_variant_row(variant) for variant in model["variants"]]
-    columns = ("variant", "bytes", "p50 µs", "off by", "passed", "")
+    columns = ("variant", "bytes", "p50 µs", "off by", "passed", "ranges", "")
     print_table(columns, rows, empty="no variants")
     for note in client.get(f"/v1/models/{model['version']}/notes"):
         typer.echo(
@@ -161,5 +161,6 @@ def _variant_row(variant: dict[str, Any]) -> tuple[str, ...]:
         "-" if latency is None else f"{latency:.0f}",
         "-" if error is None else f"{error:.2%}",
         "yes" if variant["passed"] else f"no: {variant['cause']}",
+        variant["step"] or "-",
         "shipped" if variant["shipped"] else "",
     )

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from shared.errors import UnfitModelError
-from shared.statistics.probes import MAX_COLUMNS, ProbeColumn, Side
-from shared.statistics.questions import Mean, Quantiles, Statistic
+from shared.statistics.probes import DEFAULT_REACH, MAX_COLUMNS, MOST_NOISE, ProbeColumn, Side
 from shared.statistics.vectors import Answer
 from shared.tasks.contract import DataContract
 
@@ -28,10 +27,7 @@ Tensors = Mapping[str, NDArray[Any]]
 _PASS_ON = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
 _CLIPPERS = {"Relu", "Clip"}
 _NEVER_NEGATIVE = {"Relu", "Sigmoid", "Softmax"}
-_REACH = 4.0  # octaves; the smaller side of a tensor is looked for this far below the larger one
 _SMALLEST = 2.0**-24  # of a range: below it float32 outputs of order 1 do not change
-_MOST_NOISE = 1.0  # octaves of standard error; more hides what a range is
-_LEVELS = 8  # steps of 1/32 octave
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +120,6 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     return result
 
 
-def statistics_of(columns: Sequence[ProbeColumn], *, exact: bool) -> tuple[Statistic, ...]:
-    """Return what to ask of each column: quantiles where sums are exact, else what noise leaves."""
-    if exact:
-        at = tuple(float(step.figure[1:]) for step in reversed(EXACT_STEPS))
-        return tuple(Quantiles(feature=c.feature, at=at, levels=_LEVELS) for c in columns)
-    return tuple(Mean(feature=c.feature) for c in columns)
-
-
 def steps_for(answers: Sequence[Answer]) -> tuple[RangeStep, ...]:
     """Return the ways to read these answers, the first to be tried first."""
     return EXACT_STEPS if all(a.kind == "quantiles" for a in answers) else NOISED_STEPS
@@ -166,10 +154,10 @@ def _octaves(answer: Answer, step: RangeStep) -> float:
     error = answer.standard_error.get(step.figure, 0.0)
     if value is None or not math.isfinite(value):
         raise UnfitModelError(f"the answer about {answer.feature!r} is lost in noise")
-    if error > _MOST_NOISE:
+    if error > MOST_NOISE:
         raise UnfitModelError(
             f"noise of ±{error:.1f} octaves hides the range of {answer.feature!r}; ask "
-            f"{error / _MOST_NOISE:.1f} times as many devices, or allow exact sums"
+            f"{error / MOST_NOISE:.1f} times as many devices, or allow exact sums"
         )
     return value + step.octaves + error
 
@@ -178,7 +166,8 @@ def _columns(name: str, maker: Any, values: NDArray[Any]) -> Iterator[ProbeColum
     extremes: dict[Side, float] = {"high": float(values.max())}
     if maker is None or maker.op_type not in _NEVER_NEGATIVE:
         extremes["low"] = -float(values.min())
-    least = max(_SMALLEST, *(extreme * 2.0**-_REACH for extreme in extremes.values()))
+    # The smaller side of a tensor is looked for as far below the larger one as answers reach.
+    least = max(_SMALLEST, *(extreme * 2.0**-DEFAULT_REACH for extreme in extremes.values()))
     for side, extreme in extremes.items():
         yield ProbeColumn(name, side, round(math.log2(max(extreme, least)), 3))
 

@@ -12,7 +12,6 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Callable, Collection
 from datetime import datetime
-from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import msgspec
@@ -21,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database, change_one
+from cloud_coordinator.models.descriptions import manifest_of, variant_rows
 from cloud_coordinator.models.lifecycle import VersionEvent, VersionState, next_state
 from cloud_coordinator.models.pipeline_child import run_pipeline
 from cloud_coordinator.models.pipeline_messages import (
@@ -32,7 +32,6 @@ from cloud_coordinator.models.pipeline_messages import (
     ProbeMade,
     Result,
     ToPipeline,
-    VariantReport,
 )
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from shared.errors import (
@@ -43,7 +42,6 @@ from shared.errors import (
     UntrustedModelError,
 )
 from shared.files import sha256_of
-from shared.manifest import Artifact, Lineage, Manifest
 from shared.messages import utc_now
 from shared.run_plan import RunPlan
 from shared.signed_manifest import SignedManifest, sign_manifest
@@ -167,6 +165,11 @@ class ModelService:
         with self._database.transaction() as session:
             return _by_digest(session, version)
 
+    def built_of(self, run_id: str) -> ModelVersionRow:
+        """Return what was built of a run, with its variants; raise NotFoundError for nothing."""
+        with self._database.transaction() as session:
+            return _of_run(session, run_id)
+
     def manifest_bytes(self, version: str) -> bytes:
         """Return the sealed manifest; raise NotFoundError for an unknown version."""
         sealed = self.version(version).sealed
@@ -222,21 +225,20 @@ class ModelService:
             _move(session, other, VersionEvent.REPLACED)
         _move(session, row, VersionEvent.MADE_CURRENT)
 
-    def blobs_to_keep(self, *, protect: Collection[str], last: int = KEPT_VERSIONS) -> set[str]:
+    def blobs_to_keep(
+        self, *, protect: Collection[str], active: Collection[str], last: int = KEPT_VERSIONS
+    ) -> set[str]:
         """Return the blobs that versions still need; all other artifacts may be collected.
 
         Args:
+            active: runs that have not ended: what is built of them may still be signed.
             protect: versions that some device serves or should serve.
             last: so many of the newest versions of each model are kept besides.
         """
         kept: dict[str, int] = {}
         blobs: set[str] = set()
         for row in self.versions():
-            needed = row.state in {
-                VersionState.CANDIDATE,
-                VersionState.COMPRESSED,
-                VersionState.CURRENT,
-            }
+            needed = row.state == VersionState.CURRENT or row.run_id in active
             if row.version is not None and kept.setdefault(row.model, 0) < last:
                 kept[row.model] += 1
                 needed = True
@@ -323,17 +325,15 @@ class ModelService:
         with self._database.transaction() as session:
             content = msgspec.json.encode(built)
             _move(session, row, VersionEvent.VARIANTS_BUILT, built=content)
-            session.add_all(_variant_rows(row.run_id, built.variants, ship=built.ship))
+            session.add_all(variant_rows(row.run_id, built.variants, ship=built.ship))
 
     def _sign(self, run_id: str, plan: RunPlan) -> str:
         with self._database.transaction() as session:
-            row = session.get(ModelVersionRow, run_id)
-            if row is None or row.built is None:
-                raise NotFoundError(f"no model version was built of run {run_id!r}")
+            row = _of_run(session, run_id)
             if row.version is not None:
                 return row.version
-            built = msgspec.json.decode(row.built, type=Built)
-            signed = sign_manifest(_manifest(row, plan, built, now=self._clock()), self._key)
+            built = msgspec.json.decode(row.built or b"", type=Built)
+            signed = sign_manifest(manifest_of(row, plan, built, now=self._clock()), self._key)
             _move(
                 session,
                 row,
@@ -348,7 +348,7 @@ class ModelService:
     def _reject(self, row: ModelVersionRow, failed: BuildFailed) -> None:
         with self._database.transaction() as session:
             _move(session, row, VersionEvent.BUILD_REFUSED, cause=failed.cause)
-            session.add_all(_variant_rows(row.run_id, failed.variants, ship=None))
+            session.add_all(variant_rows(row.run_id, failed.variants, ship=None))
         logger.warning("model version of run %s rejected: %s", row.run_id, failed.cause)
 
     def _store_file(self, name: str, sha256: str) -> None:
@@ -383,6 +383,13 @@ def _by_digest(session: Session, version: str) -> ModelVersionRow:
     return row
 
 
+def _of_run(session: Session, run_id: str) -> ModelVersionRow:
+    row = session.get(ModelVersionRow, run_id)
+    if row is None or row.built is None:
+        raise NotFoundError(f"no model version was built of run {run_id!r}")
+    return row
+
+
 def _move(session: Session, row: ModelVersionRow, event: VersionEvent, **values: object) -> None:
     """Take a version through ``event`` by one compare-and-set, with new ``values`` besides."""
     state = next_state(VersionState(row.state), event)
@@ -392,62 +399,6 @@ def _move(session: Session, row: ModelVersionRow, event: VersionEvent, **values:
         .values(state=state.value, **values)
     )
     change_one(session, change, what=f"the model version of run {row.run_id}")
-
-
-def _manifest(row: ModelVersionRow, plan: RunPlan, built: Built, *, now: datetime) -> Manifest:
-    """Describe what was built; variants that did not pass are not signed."""
-    artifacts = [
-        Artifact(
-            variant=report.variant,
-            sha256=report.sha256,
-            size_bytes=report.size_bytes,
-            session_config=report.session_config,
-            tolerance=report.tolerance,
-            needs=report.needs,
-        )
-        for report in built.variants
-        if report.passed
-    ]
-    lineage = Lineage(
-        run_id=row.run_id,
-        rounds=row.rounds,
-        plan_digest=plan.digest,
-        parameters_sha256=row.parameters_sha256,
-        code_version=installed_version("shoal"),
-        parent=row.parent,
-    )
-    return Manifest(
-        model=row.model,
-        task=plan.task,
-        created_at=now,
-        inputs=built.inputs,
-        outputs=built.outputs,
-        labels=built.labels,
-        artifacts=tuple(artifacts),
-        ship=built.ship,
-        golden=built.golden,
-        lineage=lineage,
-    )
-
-
-def _variant_rows(
-    run_id: str, reports: Collection[VariantReport], *, ship: str | None
-) -> list[VariantRow]:
-    rows = []
-    for position, report in enumerate(reports):
-        figures = msgspec.structs.asdict(report)
-        for name in (
-            "file",
-            "tolerance",
-            "needs",
-        ):  # the first is gone, the manifest has the others
-            del figures[name]
-        if not report.passed:
-            figures["sha256"] = None  # nobody may download it
-        rows.append(
-            VariantRow(run_id=run_id, position=position, shipped=report.variant == ship, **figures)
-        )
-    return rows
 
 
 def _error_of(failed: BuildFailed) -> ShoalError:

@@ -7,9 +7,11 @@ from shared.privacy_plan import ROBUST, Layout, trimmed_groups
 from shared.run_plan import RunPlan
 from shared.secure_sum.accounting import gaussian_rdp
 from shared.secure_sum.config import dropped_of, threshold_of
-from shared.statistics.questions import StatisticsQuestion
+from shared.statistics.probes import DEFAULT_REACH, MOST_NOISE
+from shared.statistics.questions import Mean, StatisticsQuestion
 from shared.statistics.vectors import largest_norm
 
+_USUAL_RANGES = 8  # that a small network needs; one layer more is one range more
 _DEFAULT_MIN_COHORT = 18  # what owners' policies have where they say nothing
 
 
@@ -41,6 +43,7 @@ def explain(plan: RunPlan, *, length: int | None = None) -> list[str]:
         _upload(plan, length),
         *_noise(plan, layout),
         _poisoning(plan, layout),
+        *_ranges(plan),
         _owners(plan, layout),
     ]
 
@@ -146,6 +149,26 @@ def _noise_of_answers(plan: RunPlan, question: StatisticsQuestion, layout: Layou
         "device that answers, enforced by the devices"
     )
     return [added, spent]
+
+
+def _ranges(plan: RunPlan) -> list[str]:
+    """Say what static int8 costs the devices, and whether noise leaves it anything."""
+    if plan.compression is None or not plan.compression.int8:
+        return []
+    question = StatisticsQuestion(of=(Mean(feature="a range"),) * _USUAL_RANGES)
+    asked = plan.calibration(question)
+    what = "ranges for static int8: after training the same devices are asked once more, "
+    if asked.privacy.noise == "none":
+        return [what + "exactly, so owners' policies must say exact_sums = true"]
+    shares = asked.cohort.size / asked.layout().honest_survivors
+    sigma = asked.privacy.noise_multiplier * largest_norm(question) * math.sqrt(shares)
+    moved = DEFAULT_REACH * sigma / asked.cohort.size
+    epsilon = gaussian_rdp(asked.privacy.noise_multiplier).epsilon(asked.privacy.delta)
+    return [
+        f"{what}for about ε = {epsilon:.3g} at δ = {asked.privacy.delta:g}; noise moves each of "
+        f"{_USUAL_RANGES} ranges by about ±{moved:.2g} octaves"
+        + ("" if moved <= MOST_NOISE else f", more than the {MOST_NOISE:g} that leave it any use")
+    ]
 
 
 def _mean_sigma(plan: RunPlan, layout: Layout) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
+from cloud_coordinator.compression.service import Compressions, Job, PerformsRuns
 from cloud_coordinator.runs.lifecycle import ACTIVE, RunEvent, RunState
 from cloud_coordinator.runs.progress import Progress
 from cloud_coordinator.runs.session import RunSession, SessionParts, SuperLinkHandle
@@ -79,6 +80,7 @@ class DriverParts:
     session: SessionParts
     superlink: Supervisor[SuperLinkHandle]
     models: BuildsVersions
+    compressions: Compressions
     rollouts: Deploys
     most_crashes: int  # in a row, without a commit
     rng: random.Random
@@ -87,8 +89,18 @@ class DriverParts:
 class RunDriver:
     """One run, as long as it is active."""
 
-    def __init__(self, run_id: str, plan: RunPlan, state: RunState, parts: DriverParts) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        plan: RunPlan,
+        state: RunState,
+        parts: DriverParts,
+        *,
+        runs: PerformsRuns,
+    ) -> None:
         self.run_id, self._plan, self._state = run_id, plan, state
+        self.ended = asyncio.Event()  # set by who drives, when this run is in its last state
+        self._runs = runs
         self._parts = parts
         self._session: RunSession | None = None
         self._progress = Progress(doing="starting", since=parts.session.clock())
@@ -186,7 +198,9 @@ class RunDriver:
             self._build(start.resume.parameters_sha256, start.rounds_committed)
         )
         if version is None:
-            await self._move(RunEvent.STOP_ASKED, cause=self._stop.result())
+            cause = self._stop.result()
+            await self._parts.compressions.stop(self.run_id, cause, self._runs)
+            await self._move(RunEvent.STOP_ASKED, cause=cause)
             return
         cause = await self._deploy(version) if self._plan.deploy else ""
         await self._move(RunEvent.MODEL_BUILT, cause=cause, model_version=version)
@@ -205,14 +219,24 @@ class RunDriver:
 
     async def _build(self, parameters_sha256: str, rounds: int) -> str:
         """Build the model version; what is merely away now is tried again a few times."""
+        job = Job(
+            run_id=self.run_id,
+            plan=self._plan,
+            parameters_sha256=parameters_sha256,
+            rounds=rounds,
+            runs=self._runs,
+            say=self._note_export,
+        )
         for attempt in itertools.count(1):
             try:
+                if self._plan.compression is not None:
+                    return await self._parts.compressions.conduct(job)
                 return await self._parts.models.build_version(
-                    run_id=self.run_id,
-                    plan=self._plan,
-                    parameters_sha256=parameters_sha256,
-                    rounds=rounds,
-                    say=self._note_export,
+                    run_id=job.run_id,
+                    plan=job.plan,
+                    parameters_sha256=job.parameters_sha256,
+                    rounds=job.rounds,
+                    say=job.say,
                 )
             except UnavailableError as error:
                 if attempt >= self._parts.most_crashes:

@@ -52,10 +52,13 @@ class RunRecords:
         self._database = database
         self._clock = clock
 
-    def create(self, plan: RunPlan) -> RunRow:
-        """Store a new run with its whole plan, every default written out."""
+    def create(self, plan: RunPlan, *, run_id: str | None = None) -> RunRow:
+        """Store a new run with its whole plan, every default written out.
+
+        With a ``run_id``, a run of that name that is there already stays as it is.
+        """
         row = RunRow(
-            run_id=f"{plan.name}-{secrets.token_hex(4)}",
+            run_id=run_id or f"{plan.name}-{secrets.token_hex(4)}",
             name=plan.name,
             state=RunState.PLANNED.value,
             plan=msgspec.to_builtins(plan),
@@ -63,6 +66,8 @@ class RunRecords:
             created_at=self._clock(),
         )
         with self._database.transaction() as session:
+            if (existing := session.get(RunRow, row.run_id)) is not None:
+                return existing
             session.add(row)
         return row
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import get_args
 
 from sqlalchemy import update
@@ -77,6 +78,16 @@ class RunService:
         self._launch(row, plan)
         return row
 
+    async def perform(self, plan: RunPlan, *, run_id: str) -> RunDetails:
+        """Start the run of this name, or go on with it, and return it when it has ended."""
+        if run_id not in self._drivers:
+            row = await asyncio.to_thread(partial(self._records.create, plan, run_id=run_id))
+            if RunState(row.state) in ACTIVE:
+                self._launch(row, _plan_of(row))
+        if driver := self._drivers.get(run_id):
+            await driver.ended.wait()
+        return await self.details(run_id)
+
     async def stop_run(self, run_id: str, cause: str) -> None:
         """Ask a run to end.
 
@@ -131,13 +142,14 @@ class RunService:
         # A run that is started while the active ones are being read is found there as well.
         if row.run_id in self._drivers:
             return
-        driver = RunDriver(row.run_id, plan, RunState(row.state), self._parts)
+        driver = RunDriver(row.run_id, plan, RunState(row.state), self._parts, runs=self)
         self._drivers[row.run_id] = driver
         self._new.put_nowait(driver)
 
     async def _drive(self, driver: RunDriver) -> None:
         await driver.drive()
         del self._drivers[driver.run_id]
+        driver.ended.set()
         if not self._drivers:
             await asyncio.to_thread(self._tidy_up)
 

@@ -18,6 +18,8 @@ from shared.manifest import Digest
 from shared.tasks.contract import DataContract, Feature
 from shared.tasks.examples import Examples
 
+DEFAULT_REACH = 4.0  # octaves to either side of a centre
+MOST_NOISE = 1.0  # octaves of standard error; more hides what a range is
 MAX_COLUMNS = 100  # each costs a statistic of its own
 MAX_PROBE_BYTES = 256 * 1024 * 1024
 Side = Literal["low", "high"]
@@ -41,7 +43,7 @@ class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     model_sha256: Digest  # of an ONNX file whose outputs are `tensors`, each of shape (b, …)
     columns: Annotated[tuple[ProbeColumn, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
-    reach: Annotated[float, Meta(gt=0, le=16)] = 4.0  # octaves to either side of a centre
+    reach: Annotated[float, Meta(gt=0, le=16)] = DEFAULT_REACH
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cloud_coordinator.app import Parts
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database
 from cloud_coordinator.keys import Keys
+from cloud_coordinator.models.pipeline_messages import Calibration
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from cloud_coordinator.serve import run_service
@@ -23,8 +26,10 @@ from shared.errors import ShoalError, UnfitModelError
 from shared.logs import configure_logging
 from shared.messages import utc_now
 from shared.run_plan import RunPlan
+from shared.statistics.probes import Probe, ProbeColumn
 from tests.integration.coordinator.artifacts import artifact_of
 
+PROBE = Probe(model_sha256="a" * 64, columns=(ProbeColumn("x", "high", 0.0),))
 _WAIT_FOR_PARENT = "import sys; sys.stdin.read()"
 
 
@@ -64,7 +69,13 @@ class FakeSuperLink:
 class FakeModels(ModelService):
     """Signs versions without exporting anything."""
 
-    async def build_version(
+    async def make_probe(
+        self, *, plan: RunPlan, parameters_sha256: str, say: Callable[[str], None]
+    ) -> Probe:
+        del plan, parameters_sha256, say
+        return PROBE
+
+    async def build(
         self,
         *,
         run_id: str,
@@ -72,25 +83,25 @@ class FakeModels(ModelService):
         parameters_sha256: str,
         rounds: int,
         parent: str | None = None,
+        calibration: Calibration | None = None,
         say: Callable[[str], None] = lambda _: None,
-    ) -> str:
+    ) -> None:
         say("pretending")
         if plan.name == "unfit":
             raise UnfitModelError("the exported model computes something else")
-        version = hashlib.sha256(run_id.encode()).hexdigest()
-        artifact = self._blobs.put(artifact_of(version))
+        answers = calibration.answers if calibration else ()
+        artifact = self._blobs.put(artifact_of(_version_of(run_id)))
         with self._database.transaction() as session:
             session.merge(
                 ModelVersionRow(
                     run_id=run_id,
-                    version=version,
                     model=plan.task.name,
-                    state="signed",
+                    state="compressed",
                     created_at=utc_now(),
                     rounds=rounds,
                     parameters_sha256=parameters_sha256,
                     parent=parent,
-                    sealed=b"sealed",
+                    built=msgspec.json.encode(answers),
                     variants=[
                         VariantRow(
                             variant="fp32",
@@ -103,7 +114,19 @@ class FakeModels(ModelService):
                     ],
                 )
             )
+
+    async def sign(self, run_id: str, plan: RunPlan) -> str:
+        del plan
+        version = _version_of(run_id)
+        with self._database.transaction() as session:
+            row = session.get(ModelVersionRow, run_id)
+            assert row is not None
+            row.version, row.state, row.sealed = version, "signed", b"sealed"
         return version
+
+
+def _version_of(run_id: str) -> str:
+    return hashlib.sha256(run_id.encode()).hexdigest()
 
 
 def fake_models(database: Database, blobs: BlobStore, keys: Keys, home: Path) -> FakeModels:

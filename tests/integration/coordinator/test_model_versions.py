@@ -191,7 +191,8 @@ async def test_what_was_built_may_be_signed_later_and_keeps_its_files(tmp_path: 
     (row,) = service.versions()
     assert (row.state, row.version) == (VersionState.COMPRESSED, None)
     built = {variant.sha256 for variant in row.variants if variant.passed}
-    assert built <= service.blobs_to_keep(protect=())
+    assert built <= service.blobs_to_keep(protect=(), active={"run-1"})
+    assert not built & service.blobs_to_keep(protect=(), active=())  # its run was stopped
     database.close()
 
     database, _, service = new_service(tmp_path, key)
@@ -376,7 +377,7 @@ def test_an_unknown_version_cannot_become_current(shelf: Registry) -> None:
 def test_disk_stays_bounded_by_the_last_versions_and_those_in_use(shelf: Registry) -> None:
     versions = [add_version(shelf, f"run-{n}", age_days=10 - n) for n in range(6)]
     make_current(shelf, versions[0])
-    keep = shelf.service.blobs_to_keep(protect={versions[1]}, last=2)
+    keep = shelf.service.blobs_to_keep(protect={versions[1]}, active=(), last=2)
     shelf.blobs.collect(keep)
     for number, version in enumerate(versions):
         (variant,) = shelf.service.version(version).variants
@@ -392,7 +393,7 @@ def test_each_model_has_its_own_last_versions(shelf: Registry) -> None:
     add_version(shelf, "rare", age_days=100, model="health")
     for n in range(3):
         add_version(shelf, f"run-{n}", age_days=n)
-    kept = shelf.service.blobs_to_keep(protect=(), last=1)
+    kept = shelf.service.blobs_to_keep(protect=(), active=(), last=1)
     assert hashlib.sha256(b"artifact of rare").hexdigest() in kept
     assert hashlib.sha256(b"artifact of run-0").hexdigest() in kept
     assert hashlib.sha256(b"artifact of run-1").hexdigest() not in kept

@@ -14,11 +14,9 @@ from cloud_coordinator.models.calibration import (
     float_tensors,
     plan_ranges,
     ranges_from,
-    statistics_of,
     steps_for,
 )
 from shared.errors import UnfitModelError
-from shared.statistics.questions import Mean, Quantiles
 from shared.statistics.vectors import Answer
 from shared.tasks.contract import DataContract, Feature, ImageShape
 from tests.unit.cloud_coordinator.models.graphs import convolutional, graph, inner, pictures
@@ -97,16 +95,6 @@ def test_an_answer_that_is_missing_or_lost_in_noise_is_named() -> None:
         others = [a for a in answers if a.feature != "low y"]
         with pytest.raises(UnfitModelError, match="'low y' is lost in noise"):
             ranges_from([*others, lost], plan, EXACT_STEPS[1])
-
-
-def test_exact_sums_are_asked_for_quantiles_and_noised_ones_for_means() -> None:
-    model = convolutional()
-    columns = plan_ranges(model, inner(model, pictures(16)), PICTURES).columns
-    asked = statistics_of(columns, exact=True)
-    assert all(isinstance(s, Quantiles) and s.at == (0.9, 0.99, 0.999) for s in asked)
-    assert all(isinstance(s, Mean) for s in statistics_of(columns, exact=False))
-    named = [f"q{p:g}" for s in asked if isinstance(s, Quantiles) for p in s.at]
-    assert {step.figure for step in EXACT_STEPS} == set(named)
 
 
 def linear(nodes: list[onnx.NodeProto]) -> onnx.ModelProto:

@@ -1,6 +1,7 @@
 import hashlib
 import time
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -8,8 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from cloud_coordinator.compression.service import question_about
 from cloud_coordinator.models import candidates, pipeline
-from cloud_coordinator.models.calibration import statistics_of
 from cloud_coordinator.models.export import TrainedModel
 from cloud_coordinator.models.parity import open_session
 from cloud_coordinator.models.pipeline_messages import (
@@ -22,10 +23,11 @@ from cloud_coordinator.models.pipeline_messages import (
 )
 from cloud_coordinator.models.quantise import Variant, variants_for
 from cloud_coordinator.models.static_int8 import KINDS
+from shared.compression_plan import CompressionPlan
 from shared.errors import UnavailableError
 from shared.parameters import load_parameters, save_vectors
+from shared.run_plan import RunPlan
 from shared.statistics.probes import contract_of_probe, extremes_of, rows_of_probe
-from shared.statistics.questions import StatisticsQuestion
 from shared.statistics.vectors import StatisticsVector
 from shared.tasks.registry import load_task
 from shared.tasks.spec import TaskSpec
@@ -207,7 +209,9 @@ def calibrated(folder: Path, *, exact: bool) -> BuildVersion:
     session = open_session((folder / made.file).read_bytes(), {})
     outputs = session.run(None, {session.get_inputs()[0].name: inputs})
     named = dict(zip(made.probe.tensors, map(np.asarray, outputs), strict=True))
-    question = StatisticsQuestion(of=statistics_of(made.probe.columns, exact=exact), max_rows=500)
+    noise: Literal["none", "distributed"] = "none" if exact else "distributed"
+    plan = RunPlan(name="health", task=SPEC, compression=CompressionPlan(calibration_noise=noise))
+    question = question_about(made.probe, plan)
     vector = StatisticsVector(question, contract_of_probe(made.probe))
     total = vector.contribution(rows_of_probe(made.probe, extremes_of(made.probe, named)))
     answers = tuple(vector.read(total, sigma=0.0 if exact else 0.05))

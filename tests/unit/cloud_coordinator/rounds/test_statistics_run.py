@@ -1,5 +1,6 @@
 """Stories of runs that ask for statistics, told by a simulated fleet of real clients."""
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,11 @@ from cloud_coordinator.rounds.worker_messages import (
     RunFailed,
     RunFinished,
 )
-from shared.errors import ConfigError
+from shared.errors import ConfigError, NotFoundError
 from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan
 from shared.secure_sum.questions import statistics_question
+from shared.statistics.probes import Probe, ProbeColumn, contract_of_probe, rows_of_probe
 from shared.statistics.questions import (
     Count,
     Histogram,
@@ -68,7 +70,12 @@ class Answering(SimulatedDevice):
         assert isinstance(text, str)
         assert isinstance(sealed, bytes)
         question = msgspec.json.decode(text, type=StatisticsQuestion)
-        vector = StatisticsVector(question, contract_of(TASK)).contribution(self.rows)
+        contract = contract_of(TASK)
+        if question.probe is not None:  # its rows are what the model makes of them
+            contract = contract_of_probe(question.probe)
+            (model,) = message.content.array_records["model"].values()
+            assert hashlib.sha256(bytes(model.numpy())).hexdigest() == question.probe.model_sha256
+        vector = StatisticsVector(question, contract).contribution(self.rows)
         answer = self.sums.advertise(sealed, vector, {})
         opened = self.sums.opened[answer.session].config
         assert opened.question_digest == statistics_question(text.encode())
@@ -296,6 +303,59 @@ def test_what_the_tasks_data_cannot_answer_ends_the_run_before_anybody_is_asked(
         host.perform()
 
     assert fleet.pushed == []
+
+
+@pytest.mark.parametrize(("noise", "devices"), [("none", 7), ("distributed", 40)])
+def test_devices_are_sent_the_model_whose_ranges_they_are_asked_for(
+    tmp_path: Path, noise: str, devices: int
+) -> None:
+    model = b"a model"
+    columns = tuple(ProbeColumn("relu", side, 0.0) for side in ("high", "low"))
+    probe = Probe(model_sha256=hashlib.sha256(model).hexdigest(), columns=columns)
+    exact = noise == "none"
+    of: list[Statistic] = [
+        Quantiles(feature=c.feature, at=(0.9,), levels=8) if exact else Mean(feature=c.feature)
+        for c in columns
+    ]
+    plan = RunPlan(
+        name="ranges",
+        task=TASK,
+        statistics=StatisticsQuestion(of=tuple(of), max_rows=5, probe=probe),
+        privacy=PrivacyPlan(noise=noise, at_least=devices * 3 // 4 - 1),  # type: ignore[arg-type]
+        cohort=CohortPlan(size=devices),
+    )
+    fleet, host = ask(tmp_path, plan, devices=devices)
+    host.blobs.put(model)
+    rng = np.random.default_rng(2)
+    for device in fleet.devices.values():
+        assert isinstance(device, Answering)
+        extremes = rng.uniform(1, 4, (50, 2)).astype(np.float32)
+        device.rows = rows_of_probe(probe, extremes)
+
+    host.perform()
+
+    assert host.outcome == RunFinished()
+    (record,) = host.records
+    everything = np.concatenate(
+        [d.rows.inputs for d in fleet.devices.values() if isinstance(d, Answering)]
+    )
+    for column, answer in enumerate(record.answers):
+        if exact:
+            true = np.quantile(everything[:, column], 0.9)
+            assert answer.values["q0.9"] == pytest.approx(true, abs=0.05)
+        else:
+            stated = answer.standard_error["mean"]
+            assert 0 < stated < 1
+            assert abs(answer.values["mean"] - everything[:, column].mean()) < 6 * stated
+
+
+def test_a_model_that_is_gone_ends_the_run_before_anybody_is_asked(tmp_path: Path) -> None:
+    probe = Probe(model_sha256="a" * 64, columns=(ProbeColumn("relu", "high", 0.0),))
+    question = StatisticsQuestion(of=(Mean(feature="high relu"),), probe=probe)
+    plan = msgspec.structs.replace(asking(noise="distributed"), statistics=question)
+    _, host = ask(tmp_path, plan)
+    with pytest.raises(NotFoundError):
+        host.perform()
 
 
 class Killed(BaseException):

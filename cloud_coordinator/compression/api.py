@@ -1,0 +1,99 @@
+"""Routes for compressions: watch and stop them. A run's plan starts them."""
+
+from datetime import datetime
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel
+
+from cloud_coordinator.compression.service import Compressions
+from cloud_coordinator.compression.steps import in_words
+from cloud_coordinator.devices.authentication import require_admin
+from cloud_coordinator.runs.api import STOPPED_BY_OPERATOR, Runs
+from cloud_coordinator.runs.lifecycle import RunState
+from cloud_coordinator.runs.service import RunService
+from cloud_coordinator.runs.tables import RunRow
+from shared.errors import ConflictError, NotFoundError
+
+router = APIRouter(
+    prefix="/v1/compressions", tags=["compressions"], dependencies=[Depends(require_admin)]
+)
+
+
+class StepView(BaseModel):
+    """One step that is done, and what came of it as a sentence."""
+
+    step: str
+    result: str
+
+
+class CompressionView(BaseModel):
+    """One compression, named by the run whose result it makes smaller."""
+
+    run_id: str
+    state: str  # of the run: its compression goes on while it is exporting
+    cause: str
+    doing: str
+    created_at: datetime
+    model_version: str | None
+    steps: list[StepView]
+
+
+def _compressions(request: Request) -> Compressions:
+    return cast("Compressions", request.app.state.compressions)
+
+
+Jobs = Annotated[Compressions, Depends(_compressions)]
+
+
+@router.get("")
+async def list_compressions(jobs: Jobs, runs: Runs) -> list[CompressionView]:
+    """Return the compressions of all runs whose plan wants one, newest first."""
+    return [await _view(row, jobs, runs) for row in await runs.rows() if _compresses(row)]
+
+
+@router.get("/{run_id}")
+async def show_compression(run_id: str, jobs: Jobs, runs: Runs) -> CompressionView:
+    """Return one compression with the steps that are done."""
+    return await _view(await _row(run_id, runs), jobs, runs)
+
+
+@router.post("/{run_id}/stop")
+async def stop_compression(run_id: str, jobs: Jobs, runs: Runs) -> CompressionView:
+    """End a compression that goes on, and its run with it; the trained parameters stay."""
+    row = await _row(run_id, runs)
+    if row.state != RunState.EXPORTING:
+        raise ConflictError(
+            f"run {run_id} is {row.state}, so nothing of it is being compressed; "
+            f"'shoal run stop {run_id}' ends a run that trains"
+        )
+    await runs.stop_run(run_id, STOPPED_BY_OPERATOR)
+    return await _view(await _row(run_id, runs), jobs, runs)
+
+
+async def _row(run_id: str, runs: RunService) -> RunRow:
+    row = (await runs.details(run_id)).run
+    if not _compresses(row):
+        raise NotFoundError(
+            f"the plan of run {run_id!r} has no table [compression]; "
+            "'shoal compression list' shows the runs that have one"
+        )
+    return row
+
+
+def _compresses(row: RunRow) -> bool:
+    return row.plan.get("compression") is not None
+
+
+async def _view(row: RunRow, jobs: Compressions, runs: RunService) -> CompressionView:
+    progress = runs.progress(row.run_id)
+    done = await jobs.done(row.run_id)
+    return CompressionView(
+        run_id=row.run_id,
+        state=row.state,
+        cause=row.cause,
+        doing=progress.sentence if progress else "",
+        created_at=row.created_at,
+        model_version=row.model_version,
+        steps=[StepView(step=step.value, result=in_words(r)) for step, r in done.items()],
+    )

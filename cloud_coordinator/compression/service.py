@@ -1,0 +1,182 @@
+"""Conducts compressions: does one step after the other, and stores each result before the next.
+
+Everything that asks devices is a run of its own, with its invitations, floors and receipts. Its
+name follows from the run that it is for, so after a crash the same one goes on.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from cloud_coordinator.compression.records import StepRecords
+from cloud_coordinator.compression.steps import (
+    Calibrated,
+    LeftOut,
+    ProbeMade,
+    Signed,
+    Step,
+    StepResult,
+    VariantsBuilt,
+    in_words,
+    next_step,
+)
+from cloud_coordinator.models.pipeline_messages import Calibration
+from cloud_coordinator.models.service import ModelService
+from cloud_coordinator.models.tables import VariantRow
+from cloud_coordinator.runs.lifecycle import RunState
+from cloud_coordinator.runs.records import RunDetails
+from shared.errors import ConfigError, ConflictError, NotFoundError, UnfitModelError
+from shared.run_plan import RunPlan
+from shared.statistics.probes import Probe
+from shared.statistics.questions import Mean, Quantiles, Statistic, StatisticsQuestion
+from shared.statistics.vectors import Answer
+
+logger = logging.getLogger(__name__)
+
+_QUANTILES = (0.9, 0.99, 0.999)  # of rows' extremes, where sums are exact
+_LEVELS = 8  # steps of 1/32 octave
+
+
+class PerformsRuns(Protocol):
+    """The run service, as far as compressions need it."""
+
+    async def perform(self, plan: RunPlan, *, run_id: str) -> RunDetails:
+        """Start the run of this name, or go on with it, and return it when it has ended."""
+        ...
+
+    async def stop_run(self, run_id: str, cause: str) -> None:
+        """Ask a run to end; raise NotFoundError or ConflictError where there is none to end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One compression."""
+
+    run_id: str  # of the run that trained the parameters
+    plan: RunPlan  # with a table ``[compression]``
+    parameters_sha256: str
+    rounds: int
+    runs: PerformsRuns
+    say: Callable[[str], None]
+
+
+class Compressions:
+    """All compressions of a coordinator."""
+
+    def __init__(self, records: StepRecords, models: ModelService) -> None:
+        self._records, self._models = records, models
+
+    async def conduct(self, job: Job) -> str:
+        """Do what is left of a job; safe to call again after any crash.
+
+        Returns:
+            The version that was signed.
+
+        Raises:
+            UnfitModelError: the parameters can become no version.
+            UnavailableError: something is away; try again.
+        """
+        assert job.plan.compression is not None, "of a plan that compresses"
+        done = await self.done(job.run_id)
+        while (step := next_step(job.plan.compression, done)) is not None:
+            job.say(step.value)
+            done[step] = await self._perform(step, job, done)
+            await asyncio.to_thread(self._records.save, job.run_id, step, done[step])
+            logger.info("run %s: %s: %s", job.run_id, step, in_words(done[step]))
+        signed = done[Step.SIGN]
+        assert isinstance(signed, Signed)  # no other result ends a job
+        return signed.version
+
+    async def stop(self, run_id: str, cause: str, runs: PerformsRuns) -> None:
+        """End the run that a stopped job waits for, if there is one."""
+        with contextlib.suppress(NotFoundError, ConflictError):  # it was not begun, or has ended
+            await runs.stop_run(calibration_run(run_id), cause)
+
+    async def done(self, run_id: str) -> dict[Step, StepResult]:
+        """Return the results of the steps that a run's job has done."""
+        return await asyncio.to_thread(self._records.done, run_id)
+
+    async def _perform(self, step: Step, job: Job, done: Mapping[Step, StepResult]) -> StepResult:
+        match step:
+            case Step.PROBE:
+                return await self._probe(job)
+            case Step.CALIBRATE:
+                return await self._calibrate(job, done[Step.PROBE])
+            case Step.BUILD:
+                return await self._build(job, done)
+            case Step.SIGN:
+                return Signed(version=await self._models.sign(job.run_id, job.plan))
+
+    async def _probe(self, job: Job) -> StepResult:
+        try:
+            probe = await self._models.make_probe(
+                plan=job.plan, parameters_sha256=job.parameters_sha256, say=job.say
+            )
+        except UnfitModelError as error:  # building says whether anything else can be made
+            return LeftOut(cause=str(error))
+        return ProbeMade(probe=probe)
+
+    async def _calibrate(self, job: Job, made: StepResult) -> StepResult:
+        assert isinstance(made, ProbeMade)  # or this step is not wanted
+        run_id = calibration_run(job.run_id)
+        try:
+            plan = job.plan.calibration(question_about(made.probe, job.plan))
+        except ConfigError as error:
+            return LeftOut(cause=str(error))
+        job.say(f"calibrating: see run {run_id}")
+        details = await job.runs.perform(plan, run_id=run_id)
+        if details.run.state != RunState.FINISHED:
+            return LeftOut(cause=f"run {run_id} {details.run.state}: {details.run.cause}")
+        return Calibrated(run_id=run_id, answers=answers_of(details))
+
+    async def _build(self, job: Job, done: Mapping[Step, StepResult]) -> StepResult:
+        calibration: Calibration | None = None
+        match done.get(Step.PROBE), done.get(Step.CALIBRATE):
+            case ProbeMade(probe=probe), Calibrated(answers=answers):
+                calibration = Calibration(probe=probe, answers=answers)
+            case _:
+                pass
+        await self._models.build(
+            run_id=job.run_id,
+            plan=job.plan,
+            parameters_sha256=job.parameters_sha256,
+            rounds=job.rounds,
+            calibration=calibration,
+            say=job.say,
+        )
+        variants = await asyncio.to_thread(self._variants, job.run_id)
+        return VariantsBuilt(passed=sum(v.passed for v in variants), built=len(variants))
+
+    def _variants(self, run_id: str) -> Sequence[VariantRow]:
+        return self._models.built_of(run_id).variants
+
+
+def calibration_run(run_id: str) -> str:
+    """Return the name of the run that measures ranges for another one."""
+    return f"{run_id}-calibrate"
+
+
+def question_about(probe: Probe, plan: RunPlan) -> StatisticsQuestion:
+    """Return what devices are asked: quantiles where sums are exact, else what noise leaves."""
+    assert plan.compression is not None
+    exact = plan.compression.calibration_noise == "none"
+    asked: list[Statistic] = [
+        Quantiles(feature=column.feature, at=_QUANTILES, levels=_LEVELS)
+        if exact
+        else Mean(feature=column.feature)
+        for column in probe.columns
+    ]
+    max_rows = plan.compression.calibration_max_rows
+    return StatisticsQuestion(of=tuple(asked), max_rows=max_rows, probe=probe)
+
+
+def answers_of(details: RunDetails) -> tuple[Answer, ...]:
+    """Return what a finished run that asked was answered."""
+    answered = next(row.answers for row in reversed(details.rounds) if row.answers)
+    return tuple(msgspec.convert(answer, Answer) for answer in answered)

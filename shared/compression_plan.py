@@ -1,0 +1,16 @@
+"""What a plan says about making its result smaller."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+
+class CompressionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The table ``[compression]`` of a plan."""
+
+    int8: bool = True  # static int8, with ranges that devices measure; else from weights alone
+    # "distributed": means of ranges under noise; "none": their quantiles, where owners allow it.
+    calibration_noise: Literal["distributed", "none"] = "distributed"
+    # A device with more rows measures so many of them.
+    calibration_max_rows: Annotated[int, Meta(ge=1, le=100_000)] = 500
