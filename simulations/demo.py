@@ -2,8 +2,10 @@
 
 A coordinator and its agents start as separate processes; each agent owns a skewed part of a real
 data set; they train together, the result is exported, compressed, signed, delivered, self-tested
-and served; then the same test images go to each agent's endpoint. Started again on the same folder,
-it goes on with the devices, and with the run, that are there.
+and served, by one agent first and then by all; then the same test images go to each agent's
+endpoint. At last a version that is far too slow is rolled out on purpose, and turned back by
+itself. Started again on the same folder, the demo goes on with the devices, and with the run, that
+are there.
 """
 
 import signal
@@ -28,9 +30,11 @@ from shared.errors import ConfigError, DataError, UnavailableError
 from shared.files import explained_disk_errors, make_folder, write_atomic
 from shared.messages import utc_now
 from shared.privacy_plan import PrivacyPlan
+from shared.rollout_plan import RolloutPlan, WavePlan
 from shared.run_plan import CohortPlan, RunPlan, TrainingPlan
 from shared.tasks.examples import Examples
 from shared.tasks.registry import load_task
+from shared.tasks.spec import TaskSpec
 from shared.tasks.task import seeded_model
 from shared.tasks.vectors import to_vector
 from simulations import demo_view
@@ -45,7 +49,11 @@ POLICY = f"min_cohort = {MIN_COHORT}\nexact_sums = true\n"
 MAX_WEIGHT = 30_000  # examples; an agent that has more counts as if it had so many
 TEST_BATCH = 100
 LATENCY_REQUESTS = 200
+ROLLOUT = RolloutPlan(
+    waves=(WavePlan(devices=1, bake_s=2), WavePlan(percent=100, bake_s=0)), watch_s=1
+)
 _ENDED = {"finished", "failed", "stopped"}
+_ROLLED = {"completed", "rolled_back", "dropped", "paused"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,7 @@ class _Demo:
         self.options, self.console, self.dataset, self.fleet = options, console, dataset, fleet
         self.names = [f"agent-{number}" for number in range(1, options.agents + 1)]
         self.task = dataset.task(name="demo-images", model="small-cnn")
+        self.slow_task = dataset.task(name="demo-images", model="wide-cnn")
 
     def run(self) -> None:
         self._start_coordinator()
@@ -107,8 +116,9 @@ class _Demo:
         self._start_agents()
         run = self._train()
         version = self._await_version(run)
-        self._await_serving(version["version"])
+        self._await_rollout(version["version"], ends_as="completed")
         self._measure(version)
+        self._ship_a_bad_one(version["version"])
 
     def _start_coordinator(self) -> None:
         with self.console.status("starting the coordinator, its broker and its SuperLink …"):
@@ -164,9 +174,13 @@ class _Demo:
         make_folder(path.parent)
         with explained_disk_errors(path.parent):
             np.savez(path, images=part.inputs, labels=part.targets)
-        entry = check_data("images", path, self.task, now=utc_now())
-        DataRegistry(self.fleet.agent_home(name)).add(entry)
+        self._add_data(name, self.task)
         write_atomic(self.fleet.agent_home(name) / POLICY_FILE, POLICY.encode())
+
+    def _add_data(self, name: str, task: TaskSpec) -> None:
+        """Let the agent learn ``task`` from its part, as ``shoal-agent data add`` would."""
+        entry = check_data("images", self._part_path(name), task, now=utc_now())
+        DataRegistry(self.fleet.agent_home(name)).add(entry)
 
     def _start_agents(self) -> None:
         for name in self.names:
@@ -184,8 +198,16 @@ class _Demo:
         if run_id:
             self.console.print(f"[green]✓[/] run {run_id} goes on where it was interrupted")
         else:
-            plan = msgspec.to_builtins(self._plan())
-            run_id = self.fleet.post("/v1/runs", plan)["run_id"]
+            run_id = self._start(self._plan())
+        run = self._follow(run_id)
+        self.console.print(demo_view.secrecy_words(run))
+        return run
+
+    def _start(self, plan: RunPlan) -> str:
+        return str(self.fleet.post("/v1/runs", msgspec.to_builtins(plan))["run_id"])
+
+    def _follow(self, run_id: str) -> Mapping[str, Any]:
+        """Show a run until it ends well; raise UnavailableError where it does not."""
         polls = self.fleet.polls(
             "the run to end", lambda: self.fleet.get(f"/v1/runs/{run_id}"), deadline_s=900
         )
@@ -197,7 +219,6 @@ class _Demo:
         self.console.print()
         if run["state"] != "finished":
             raise UnavailableError(f"the run {run['state']}: {run['cause']}")
-        self.console.print(demo_view.secrecy_words(run))
         return run  # type: ignore[no-any-return]  # a JSON document
 
     def _interrupted_run(self) -> str | None:
@@ -225,6 +246,18 @@ class _Demo:
                 size=agents, quorum=MIN_COHORT, recruit_deadline_s=60, round_deadline_s=120
             ),
             privacy=PrivacyPlan(at_least=MIN_COHORT - 1, max_weight=MAX_WEIGHT),
+            rollout=ROLLOUT,
+        )
+
+    def _slow_plan(self) -> RunPlan:
+        """One round of hardly any training: the network is correct, and far too slow."""
+        return msgspec.structs.replace(
+            self._plan(),
+            name="demo-too-slow",
+            task=self.slow_task,
+            rounds=1,
+            training=TrainingPlan(max_batches=1, learning_rate=0.001),
+            evaluate=False,
         )
 
     def _await_version(self, run: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -232,14 +265,45 @@ class _Demo:
         self.console.print(demo_view.variants_table(version))
         return version
 
-    def _await_serving(self, wanted: str) -> None:
-        polls = self.fleet.polls("every agent to serve the model", self._devices, deadline_s=120)
+    def _await_rollout(self, version: str, *, ends_as: str) -> Mapping[str, Any]:
+        """Show how a version goes to the agents, wave by wave, until it is there or gone."""
+        rollouts = self.fleet.get("/v1/rollouts")
+        rollout_id = next(r["rollout_id"] for r in rollouts if r["version"] == version)
+        polls = self.fleet.polls(
+            "the rollout to end", lambda: self.fleet.get(f"/v1/rollouts/{rollout_id}"),
+            deadline_s=120,
+        )  # fmt: skip
         with Live(console=self.console, refresh_per_second=4) as live:
-            for devices in polls:
-                live.update(demo_view.serving_table(devices, wanted))
-                if all((d["reported"] or {}).get("serving_version") == wanted for d in devices):
+            for rollout in polls:
+                live.update(demo_view.rollout_table(rollout))
+                if rollout["state"] in _ROLLED:
                     break
         self.console.print()
+        if rollout["state"] != ends_as:
+            raise UnavailableError(f"the rollout is {rollout['state']}: {rollout['cause']}")
+        return rollout  # type: ignore[no-any-return]  # a JSON document
+
+    def _ship_a_bad_one(self, good: str) -> None:
+        """Roll out a version that is too slow, and watch it go back by itself."""
+        self.console.print(
+            "Now a bad version, on purpose: a network that is twenty times as slow, and hardly\n"
+            "trained. Nobody stops it by hand."
+        )
+        for name in self.names:  # the owners agree to it, as they must
+            self._add_data(name, self.slow_task)
+        with self.console.status("training it …"):
+            run_id = self._start(self._slow_plan())
+            ended = self.fleet.polls(
+                "the run to end", lambda: self.fleet.get(f"/v1/runs/{run_id}"), deadline_s=300
+            )
+            run = next(run for run in ended if run["state"] in _ENDED)
+        if run["state"] != "finished":
+            raise UnavailableError(f"the run {run['state']}: {run['cause']}")
+        rollout = self._await_rollout(run["model_version"], ends_as="rolled_back")
+        for name in self.names:
+            self._add_data(name, self.task)
+        serving = [d["reported"]["serving_version"] for d in self._devices()]
+        self.console.print(demo_view.rollback_words(rollout, serving.count(good), len(serving)))
 
     def _measure(self, version: Mapping[str, Any]) -> None:
         with self.console.status("sending the test images to every agent …"):

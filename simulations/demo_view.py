@@ -78,19 +78,25 @@ def variants_table(version: Mapping[str, Any]) -> Table:
     return table
 
 
-def serving_table(devices: Sequence[Mapping[str, Any]], wanted: str) -> Table:
-    """Show where each device is on its way to the wanted version."""
-    columns = ("agent", "step", "serving (reported)", "cause")
-    table = _table(f"Rolling out {wanted[:12]}", left=columns)
-    for device in devices:
-        reported = device.get("reported") or {}
-        table.add_row(
-            device["device_id"],
-            reported.get("deployment", "-"),
-            (reported.get("serving_version") or "-")[:12],
-            reported.get("cause", ""),
-        )
+def rollout_table(rollout: Mapping[str, Any]) -> Table:
+    """Show where each device of a rollout stands, wave by wave."""
+    version, state = rollout["version"][:12], rollout["state"].replace("_", " ")
+    title = f"Rolling out {version}\nwave {rollout['wave']} of {rollout['waves']}: {state}"
+    table = _table(title, left=("agent",), right=("wave",))
+    _add_columns(table, left=("standing", "cause"))
+    for device in rollout["devices"]:
+        table.add_row(device["device_id"], str(device["wave"]), device["standing"], device["cause"])
     return table
+
+
+def rollback_words(rollout: Mapping[str, Any], serving: int, agents: int) -> str:
+    """Say which gate turned a version back, and that the one before is served."""
+    canary = ", ".join(device["device_id"] for device in rollout["devices"])
+    return (
+        f"[green]✓[/] {canary} tried it, alone. Gate [bold]{rollout['gate']}[/]: "
+        f"{rollout['cause']}.\n"
+        f"  It was turned back by itself; {serving} of {agents} agents serve the version before."
+    )
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -24,6 +24,7 @@ class Standing(StrEnum):
     SERVING = "serving"  # the rollout's version, by the digest of the file it reports
     FAILED = "failed"  # it refused the version as unfit or untrusted
     STRANGE = "strange"  # it serves a digest that nobody here knows
+    RETURNED = "returned"  # it serves the version before again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

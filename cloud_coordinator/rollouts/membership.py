@@ -23,6 +23,7 @@ class Known:
     """The digests that a device of a rollout may rightly report."""
 
     wanted: str  # the rollout's version
+    back: str | None  # the version before, where devices are to go back to it
     artifacts: Mapping[str, Collection[str]]  # of each version there is: its files
 
 
@@ -101,6 +102,8 @@ def _standing(
         return Standing.STRANGE
     if version == known.wanted:
         return Standing.SERVING
+    if version is not None and version == known.back:
+        return Standing.RETURNED
     refused = reported.failure in _REFUSALS and reported.deployment is DeploymentState.FAILED
     return Standing.FAILED if refused else Standing.CONVERGING
 

@@ -252,7 +252,9 @@ class RolloutRecords:
             .where(RolloutDeviceRow.rollout_id == row.rollout_id)
             .order_by(RolloutDeviceRow.wave_number, RolloutDeviceRow.device_id)
         ).all()
-        known = Known(row.model_version, _artifacts(session))
+        turned = row.state in (RolloutState.ROLLING_BACK, RolloutState.ROLLED_BACK)
+        back = row.previous_version if turned else None
+        known = Known(row.model_version, back, _artifacts(session))
         members = []
         for place, device in found:
             standing = member_of(place, device, known).standing

@@ -108,6 +108,7 @@ async def test_a_canary_that_refuses_the_version_turns_it_back_by_itself(fleet: 
     canary = back["devices"][0]["device_id"]
     assert (back["state"], back["gate"], back["wave"]) == ("rolled_back", "deployment", 1)
     assert f"{canary}: the model did not survive its self-test" in back["cause"]
+    assert {device["standing"] for device in back["devices"]} == {"returned"}
     assert await fleet.state_of(fleet.new) == "rolled_back"
     assert await fleet.state_of(fleet.old) == "current"
     assert set(fleet.serving().values()) == {fleet.old}

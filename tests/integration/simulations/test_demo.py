@@ -137,6 +137,10 @@ def check_what_it_showed(output: str) -> None:
     assert "each round reached the coordinator only as a sum of 5 agents" in output
     rows = re.findall(r"│ agent-\d │ +([\d.]+)% │ +([\d.]+)% │ .* │ verified │", output)
     assert len(rows) == 5
+    assert re.search(
+        r"agent-\d tried it, alone. Gate latency: it takes [\d.]+ times as long", output
+    )
+    assert "5 of 5 agents serve the version before" in output
     assert all(float(after) > float(before) for before, after in rows)
 
 

@@ -34,6 +34,8 @@ def task_for(model: str, side: int, channels: int = 1, **options: object) -> Ima
         ("small-cnn", 5, 1, 13_962),
         ("lenet-5", 28, 1, 61_706),
         ("lenet-5", 32, 3, 83_126),
+        ("mid-cnn", 28, 1, 203114),
+        ("wide-cnn", 28, 1, 2798922),
     ],
 )
 def test_networks_have_the_stated_shapes_and_sizes(
@@ -59,7 +61,7 @@ def test_pictures_need_not_be_square() -> None:
 
 
 def test_nothing_in_the_networks_keeps_statistics_of_a_device_s_data() -> None:
-    for model in ("small-cnn", "lenet-5"):
+    for model in ("small-cnn", "lenet-5", "mid-cnn", "wide-cnn"):
         network = task_for(model, 28).build_model()
         assert list(network.state_dict()) == [name for name, _ in network.named_parameters()]
 
@@ -109,9 +111,10 @@ def test_the_balanced_loss_spares_classes_that_a_batch_lacks() -> None:
         ({"labels": ["a", "b", "a"]}, "labels: some are named twice"),
         ({"labels": ["a", " b"]}, "labels: some are empty or have spaces around them"),
         ({"labels": ["a"]}, "labels: expected `array` of length >= 2"),
-        ({"model": "resnet"}, "model: there is no 'resnet'; choose one of 'lenet-5', 'small-cnn'"),
+        ({"model": "resnet"}, "model: there is no 'resnet'; choose one of 'lenet-5', 'mid-cnn', "),
         ({"channels": 2}, "channels: there is no 2; choose one of 1, 3"),
         ({"model": "lenet-5", "height": 8}, "lenet-5 takes pictures of 12 to 64 pixels a side"),
+        ({"model": "wide-cnn", "height": 65}, "wide-cnn takes pictures of 12 to 64 pixels a side"),
         ({"height": 0}, "height: expected `int` >= 4"),
     ],
 )

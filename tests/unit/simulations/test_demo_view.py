@@ -10,6 +10,8 @@ from rich.table import Table
 from simulations.demo_view import (
     partition_table,
     results_table,
+    rollback_words,
+    rollout_table,
     rounds_table,
     secrecy_words,
 )
@@ -98,3 +100,29 @@ def test_it_says_what_the_coordinator_saw() -> None:
         in text
     )
     assert "fleet key, which says who is an agent, lies beside the coordinator" in text
+
+
+def rollout(**changed: Any) -> dict[str, Any]:
+    member = {"device_id": "agent-3", "wave": 1, "standing": "serving", "cause": ""}
+    given = {
+        "version": "a" * 64,
+        "state": "rolled_back",
+        "wave": 1,
+        "waves": 2,
+        "gate": "latency",
+        "cause": "it takes 19.3 times as long as the version before, at most 3 are allowed",
+        "devices": [member],
+    }
+    return given | changed
+
+
+def test_a_rollout_shows_who_is_in_which_wave() -> None:
+    text = " ".join(shown(rollout_table(rollout(state="rolling_back"))).split())
+    assert "Rolling out aaaaaaaaaaaa wave 1 of 2: rolling back" in text
+    assert "agent-3" in text
+
+
+def test_a_rollback_names_its_gate_and_who_serves_what() -> None:
+    text = shown(rollback_words(rollout(), 5, 5))
+    assert "agent-3 tried it, alone. Gate latency: it takes 19.3 times" in " ".join(text.split())
+    assert "5 of 5 agents serve the version before" in text
