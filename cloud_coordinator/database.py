@@ -5,6 +5,7 @@ when it begins (BEGIN IMMEDIATE): one that reads first and writes later could ot
 way, however long it was willing to wait.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ from sqlalchemy.sql.dml import Update
 from shared.errors import ConfigError, ConflictError, UnavailableError
 
 BUSY_TIMEOUT_S = 30.0
+_CLOSE_DEADLINE_S = 10.0
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _NAMES = {
     "ix": "ix_%(column_0_label)s",
@@ -76,6 +78,8 @@ class Database:
     def __init__(self, url: str) -> None:
         self._engine = _create_engine(url)
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+        self._free = threading.Condition()
+        self._users = 0  # transactions that are open now
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -85,7 +89,7 @@ class Database:
             UnavailableError: the database is away, its disk is full, or others hold it too long.
         """
         try:
-            with self._sessions.begin() as session:
+            with self._in_use(), self._sessions.begin() as session:
                 yield session
         except OperationalError as error:
             raise UnavailableError(
@@ -120,8 +124,21 @@ class Database:
             ) from error
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; whoever was cancelled may have left a thread at work in one."""
+        with self._free:
+            self._free.wait_for(lambda: self._users == 0, _CLOSE_DEADLINE_S)
         self._engine.dispose()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._free:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._users -= 1
+                self._free.notify_all()
 
 
 def change_one(session: Session, change: Update, *, what: str) -> None:

@@ -12,6 +12,7 @@ import uuid
 import httpx
 import msgspec
 
+from edge_agent.choice import Choices, read_profile
 from edge_agent.control_link import ControlLink
 from edge_agent.data_registry import DataRegistry
 from edge_agent.deployment import Deployment
@@ -100,6 +101,7 @@ class Agent:
             settings.inference_host,
             settings.inference_port,
             rng=rng,
+            grpc_port=settings.grpc_port,
             on_loss=self._note_loss,
         )
         self._link = ControlLink(
@@ -126,6 +128,7 @@ class Agent:
             self._server,
             Downloader(settings.home, http, device=enrolment.device_id, key=enrolment.key, rng=rng),
             self._note_deployment,
+            choices=Choices(settings.home, read_profile(largest_bytes=settings.model_slot_bytes)),
         )
         self._reconciler = Reconciler(state, converge=self._deployment.converge, rng=rng)
 
@@ -267,6 +270,7 @@ class Agent:
             deployment=self._deployment.state,
             serving_version=serving.version,
             serving_artifact=serving.artifact,
+            variant=serving.variant,
             cause=as_text(self._cause),
             failure=self._failure,
         )
@@ -281,7 +285,11 @@ class Agent:
             deployment=reported.deployment,
             serving_version=reported.serving_version,
             serving_artifact=reported.serving_artifact,
+            variant=reported.variant,
             inference_address=self._server.serving.address,
+            grpc_address=self._server.serving.grpc_address,
+            labelled=self._server.serving.labelled,
+            correct=self._server.serving.correct,
             cause=reported.cause,
             outbox_depth=len(self._outbox),
             refused_messages=self._link.refused,

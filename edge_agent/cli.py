@@ -68,6 +68,10 @@ def run(
         int | None,
         typer.Option(help="Port of the inference server; 0 takes a free one (default 8480)."),
     ] = None,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(help="Serve gRPC on this port, too; 0 takes a free one (default: no gRPC)."),
+    ] = None,
     telemetry_interval_s: Annotated[
         float | None, typer.Option(help="Seconds between telemetry messages (default 60).")
     ] = None,
@@ -79,6 +83,7 @@ def run(
     settings = _read_settings(
         home=home,
         inference_port=inference_port,
+        grpc_port=grpc_port,
         telemetry_interval_s=telemetry_interval_s,
         log_level=log_level,
     )

@@ -9,15 +9,18 @@ the staged slot where they were. The lifecycle is the table below; nothing else 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edge_agent.choice import Choices, fastest, worth_trying
 from edge_agent.download import Downloader
 from edge_agent.inference.messages import SelfTestResult
 from edge_agent.inference.supervisor import InferenceServer
-from edge_agent.inference.trial import run_self_test
+from edge_agent.inference.trial import Verdict, run_self_test
+from edge_agent.slot_files import MANIFEST, MODEL
 from edge_agent.slots import Slots, verified_manifest
 from shared.errors import (
     IllegalTransitionError,
@@ -26,6 +29,8 @@ from shared.errors import (
     UnfitModelError,
     UntrustedModelError,
 )
+from shared.files import explained_disk_errors, sha256_of, write_atomic
+from shared.manifest import Artifact
 from shared.messages import DeploymentState, Failure
 from shared.signed_manifest import SignedManifest, open_manifest
 from shared.signing import VerifyingKey
@@ -34,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Report = Callable[[DeploymentState, str, Failure], Awaitable[None]]
-SelfTest = Callable[[Path], Awaitable[SelfTestResult]]
+SelfTest = Callable[[Sequence[Path]], Awaitable[list[Verdict]]]
 
 
 class DeploymentEvent(StrEnum):
@@ -83,6 +88,7 @@ class Deployment:
         fetch: Downloader,
         report: Report,
         *,
+        choices: Choices,
         self_test: SelfTest = run_self_test,
     ) -> None:
         """Put the parts together.
@@ -94,13 +100,15 @@ class Deployment:
             fetch: the way to the coordinator.
             report: told each new state, with the cause and kind of a failure (else empty); it
                 reads what is served from ``server``.
-            self_test: tries a staged slot where it can do no harm.
+            choices: that this device made among a version's files.
+            self_test: tries staged files where they can do no harm.
         """
         self.slots = Slots(home)
         self.state = DeploymentState.IDLE
         self.self_test_ms: Mapping[str, float] = {}  # by version: this one's and the one's before
         self._trusted, self._server, self._fetch = trusted, server, fetch
-        self._report, self._self_test = report, self_test
+        self._report, self._choices, self._self_test = report, choices, self_test
+        self._trying = home / "models" / "trying"  # a folder for each file of a version
         self._busy = asyncio.Lock()
 
     def current(self) -> SignedManifest | None:
@@ -181,19 +189,54 @@ class Deployment:
     async def _download(self, version: str) -> Path:
         sealed = await self._fetch.manifest(version)
         signed = open_manifest(sealed, trusted=self._trusted, version=version)
-        model = await self._fetch.artifact(signed.manifest.shipped)
-        return await _finish(asyncio.to_thread(self.slots.stage, sealed, model))
+        with explained_disk_errors(self._trying):
+            model = await self._choose(signed, sealed)
+            slot = await _finish(asyncio.to_thread(self.slots.stage, sealed, model))
+            await asyncio.to_thread(shutil.rmtree, self._trying, ignore_errors=True)
+        return slot
+
+    async def _choose(self, signed: SignedManifest, sealed: bytes) -> Path:
+        """Return the file of a version that suits this device best, downloaded."""
+        if (known := self._choices.of(signed.version, signed.manifest)) is not None:
+            return await self._fetch.artifact(known)
+        causes: list[str] = []
+        groups = worth_trying(signed.manifest, self._choices.profile)
+        for number, group in enumerate(groups, start=1):
+            places = [await self._place(artifact, sealed) for artifact in group]
+            if number == len(groups) and len(group) == 1:
+                return places[0] / MODEL  # nothing to choose; the slot's own test follows
+            verdicts = await self._self_test(places)
+            named = {a.sha256: v for a, v in zip(group, verdicts, strict=True)}
+            passed = {name: v for name, v in named.items() if isinstance(v, SelfTestResult)}
+            causes += [f"{a.variant}: {named[a.sha256]}" for a in group if a.sha256 not in passed]
+            for cause in causes:
+                logger.warning("a file of version %s is not served: %s", signed.version[:12], cause)
+            if passed:
+                best = fastest(passed, group)
+                self._choices.remember(signed.version, best)
+                logger.info("%s is the fastest of %d files here", best.variant, len(group))
+                return self._trying / best.sha256 / MODEL
+        raise UnfitModelError("; ".join(causes))
+
+    async def _place(self, artifact: Artifact, sealed: bytes) -> Path:
+        """Download a file to where it can be tried, unless it is there; return its folder."""
+        place = self._trying / artifact.sha256
+        if not await asyncio.to_thread(_is_whole, place / MODEL, artifact):
+            model = await self._fetch.artifact(artifact)
+            place.mkdir(parents=True, exist_ok=True)
+            write_atomic(place / MANIFEST, sealed)
+            model.replace(place / MODEL)
+        return place
 
     async def _try(self, slot: Path) -> None:
         """Let a throwaway process judge the slot; a refused one is emptied."""
         if slot == self.slots.current:
             return
-        try:
-            result = await self._self_test(slot)
-        except UnfitModelError:
-            await _finish(asyncio.to_thread(self.slots.discard, slot))
-            raise
-        self.self_test_ms = {result.version: result.p50_ms, **await self._time_current()}
+        [result] = await self._self_test([slot])
+        if isinstance(result, UnfitModelError):
+            await _finish(asyncio.to_thread(self._discard, slot))
+            raise result
+        self.self_test_ms = await self._time_beside_current(slot)
         logger.info(
             "self-test passed: loads in %.0f ms, %.3f ms a row, off by %.2g",
             result.load_ms,
@@ -201,17 +244,22 @@ class Deployment:
             result.largest_difference,
         )
 
-    async def _time_current(self) -> Mapping[str, float]:
-        """Measure what is served just as what shall replace it: minutes ago says little of now."""
-        slot = self.slots.current
-        if slot is None:
+    def _discard(self, slot: Path) -> None:
+        with contextlib.suppress(UntrustedModelError):
+            self._choices.forget(verified_manifest(slot, self._trusted).version)
+        self.slots.discard(slot)
+
+    async def _time_beside_current(self, slot: Path) -> Mapping[str, float]:
+        """Time what is served and what shall replace it in turns: minutes ago says little of now.
+
+        Returns:
+            Median times of one row in ms, by version; nothing where there is nothing to compare.
+        """
+        current = self.slots.current
+        if current is None:
             return {}
-        try:
-            result = await self._self_test(slot)
-        except ShoalError as error:
-            logger.info("what is served cannot be measured beside the next: %s", error)
-            return {}
-        return {result.version: result.p50_ms}
+        verdicts = await self._self_test([slot, current])
+        return {v.version: v.p50_ms for v in verdicts if isinstance(v, SelfTestResult)}
 
     async def _activate(self, slot: Path) -> None:
         """Make server and pointer agree on ``slot``; ends within the server's own deadlines."""
@@ -253,6 +301,13 @@ def failure_of(error: ShoalError) -> Failure:
         case UnavailableError():
             return "unavailable"
     return "missing"
+
+
+def _is_whole(path: Path, artifact: Artifact) -> bool:
+    try:
+        return sha256_of(path) == artifact.sha256
+    except OSError:
+        return False
 
 
 async def _finish(step: Coroutine[Any, Any, T]) -> T:

@@ -18,6 +18,17 @@ class AgentSettings(BaseSettings):
     inference_port: int = Field(
         default=8480, ge=0, le=65535, description="Port of the inference server; 0 takes a free one"
     )
+    model_slot_bytes: int = Field(
+        default=2 * 1024**3,
+        ge=1,
+        description="Largest model file; two are kept, and several while one is chosen",
+    )
+    grpc_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port on which the model is also served by gRPC; 0 takes a free one",
+    )
     telemetry_interval_s: float = Field(
         default=60.0, ge=0.1, le=86400, description="Seconds between two telemetry messages"
     )

@@ -143,9 +143,10 @@ def verified_manifest(slot: Path, trusted: Mapping[str, VerifyingKey]) -> Signed
 def _holds(slot: Path, version: str, trusted: Mapping[str, VerifyingKey]) -> bool:
     try:
         found = verified_manifest(slot, trusted)
-        return found.version == version and sha256_of(slot / MODEL) == found.manifest.shipped.sha256
+        known = found.manifest.artifact(sha256_of(slot / MODEL))
     except (UntrustedModelError, OSError):
         return False
+    return found.version == version and known is not None
 
 
 def _clear(slot: Path) -> None:

@@ -27,7 +27,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     deployment: DeploymentState = DeploymentState.IDLE
     serving_version: str | None = None  # digest of the manifest
     serving_artifact: str | None = None  # digest of the model file
+    variant: str = ""  # what its manifest calls that file
     inference_address: str | None = None  # host:port
+    grpc_address: str | None = None  # host:port, where the owner wants gRPC
+    labelled: int = 0  # rows of its answers for which an application brought back a label
+    correct: int = 0  # rows among them that were right
     cause: str = ""  # why the last deployment failed
     outbox_depth: int = 0  # messages that the coordinator has not acknowledged
     refused_messages: int = 0
@@ -109,6 +113,11 @@ def describe(status: AgentStatus) -> str:
         f"training  {snapshot.doing or 'nothing'}",
         f"serving   {_serving(status, snapshot)}",
     ]
+    if status.running and snapshot.grpc_address:
+        lines.append(f"gRPC      at {snapshot.grpc_address}")
+    if snapshot.labelled:
+        right = snapshot.correct / snapshot.labelled
+        lines.append(f"labels    {snapshot.labelled} came back, {right:.1%} of them as predicted")
     if snapshot.cause:
         lines.append(f"trouble   {snapshot.cause}")
     if snapshot.outbox_depth:

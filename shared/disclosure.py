@@ -63,8 +63,8 @@ UPLINK: Mapping[type[msgspec.Struct], Mapping[str, Tells]] = {
         "request_errors", "latency_p50_ms",
     ),
     Reported: _machine(
-        "boot", "desired_version", "deployment", "serving_version", "serving_artifact", "cause",
-        "failure",
+        "boot", "desired_version", "deployment", "serving_version", "serving_artifact",
+        "variant", "cause", "failure",
     ),
     Health: _machine("boot", "served", "before"),
     ServedFigures: _machine(

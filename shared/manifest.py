@@ -77,11 +77,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]  # class names by index; empty for regression
     artifacts: tuple[Artifact, ...]
-    ship: str  # the variant that devices serve
+    ship: str  # the variant that the coordinator's own measurements favour
     golden: GoldenBatch
     lineage: Lineage
 
     @property
     def shipped(self) -> Artifact:
-        """The artifact that devices serve."""
+        """The artifact that the coordinator would serve; a device may find another one faster."""
         return next(a for a in self.artifacts if a.variant == self.ship)
+
+    def artifact(self, sha256: str) -> Artifact | None:
+        """Return the artifact with this digest."""
+        return next((a for a in self.artifacts if a.sha256 == sha256), None)

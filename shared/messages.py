@@ -116,6 +116,7 @@ class Reported(Body, frozen=True, tag="reported"):
     deployment: DeploymentState
     serving_version: Digest | None = None  # digest of the manifest
     serving_artifact: Digest | None = None  # digest of the model file
+    variant: Text = ""  # what the manifest calls that file
     cause: Text = ""  # of a failure, in one sentence
     failure: Failure = ""
 

@@ -37,9 +37,10 @@ DOORS = {
     ),
     "onnx": ("cloud_coordinator/models/",),
     "onnxruntime": ("cloud_coordinator/models/", "edge_agent/inference/", "simulations/"),
+    "grpc": ("edge_agent/inference/grpc_server.py",),
     "aiomqtt": ("shared/mqtt.py",),
     "sqlalchemy": ("cloud_coordinator/",),
-    "fastapi": ("cloud_coordinator/",),
+    "fastapi": ("cloud_coordinator/", "simulations/benchmarks/fastapi_serving.py"),
 }
 
 

@@ -8,17 +8,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_agent.inference import protocol
-from edge_agent.inference.engine import Array
-from edge_agent.inference.live import LiveModel
+from edge_agent.inference.answering import Answering
 from edge_agent.inference.metrics import Metrics
-from edge_agent.inference.pages import build_pages, served_as, unknown_model
+from edge_agent.inference.pages import build_pages
 from edge_agent.inference.protocol import InferRequest, RequestError
 from shared.errors import UnfitModelError
 
@@ -27,17 +26,27 @@ MAX_HELD_BYTES = 4 * MAX_BODY_BYTES  # of all requests that are being received o
 BODY_TIMEOUT_S = 60.0
 _INLINE_BYTES = 256 * 1024  # larger bodies are parsed in a thread, so that health stays quick
 _Take = Callable[[int], None]
-_Answer = tuple[int, bytes, int | None]  # status, body, length of its JSON before binary tensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What goes back to the client."""
+
+    status: int
+    body: bytes
+    json_length: int | None = None  # of the body before compression; None: it is JSON throughout
+    encoding: str = ""  # of the body
+    number: int | None = None  # for feedback
 
 
 class InferenceApp:
     """Routes requests, reads their bodies within limits, and answers."""
 
     def __init__(
-        self, live: LiveModel, metrics: Metrics, *, max_body_bytes: int = MAX_BODY_BYTES
+        self, answering: Answering, metrics: Metrics, *, max_body_bytes: int = MAX_BODY_BYTES
     ) -> None:
-        self._live, self._metrics = live, metrics
-        self._pages: ASGIApp = build_pages(live, metrics)
+        self._answering, self._metrics = answering, metrics
+        self._pages: ASGIApp = build_pages(answering, metrics)
         self._max_body_bytes = max_body_bytes
         self._memory = _Memory(MAX_HELD_BYTES)
 
@@ -52,12 +61,12 @@ class InferenceApp:
         try:
             answer = await self._infer(*target, headers, receive)
         except RequestError as error:
-            answer = error.status, protocol.render_error(str(error)), None
+            answer = _Answer(error.status, protocol.render_error(str(error)))
         except UnfitModelError as error:
-            answer = 500, protocol.render_error(str(error)), None
+            answer = _Answer(500, protocol.render_error(str(error)))
         if answer is not None:
             await _send(send, answer)
-            self._metrics.answered(answer[0], time.perf_counter() - started)
+            self._metrics.answered(answer.status, time.perf_counter() - started)
 
     async def _infer(
         self, model: str, version: str | None, headers: dict[bytes, str], receive: Receive
@@ -67,7 +76,8 @@ class InferenceApp:
             if body is None:
                 return None
             request = await self._parse(body, headers, take)
-            return await self._run(model, version, request)
+            answer = await self._run(model, version, request)
+            return await _packed(answer, headers.get(b"accept-encoding", ""))
 
     async def _receive(
         self, receive: Receive, headers: dict[bytes, str], take: _Take
@@ -106,23 +116,16 @@ class InferenceApp:
         return await asyncio.to_thread(protocol.parse, body, json_length)
 
     async def _run(self, model: str, version: str | None, request: InferRequest) -> _Answer:
-        # No await between reading what is served and queueing there: a swap drains the queue.
-        served = served_as(self._live, model, version)
-        if served is None:
-            raise RequestError(unknown_model(self._live, model, version), status=404)
-        manifest = served.manifest
-        feeds = protocol.match(request, manifest.inputs, manifest.outputs)
-        results = await served.infer(feeds)
-        if not _all_finite(results) and _all_finite(feeds.values()):
-            raise UnfitModelError("the model answered with NaN or infinity")
+        answer = await self._answering.infer(model, version, request)
+        manifest = answer.served.manifest
         body, json_length = protocol.render(
             request,
             model=manifest.model,
-            version=served.version,
+            version=answer.served.version,
             outputs=manifest.outputs,
-            results=results,
+            results=answer.results,
         )
-        return 200, body, json_length
+        return _Answer(200, body, json_length, number=answer.number)
 
 
 class _Memory:
@@ -162,19 +165,28 @@ def _inference_target(scope: Scope) -> tuple[str, str | None] | None:
     return None
 
 
-def _all_finite(arrays: Iterable[Array]) -> bool:
-    return all(array.dtype.kind != "f" or bool(np.isfinite(array).all()) for array in arrays)
+async def _packed(answer: _Answer, accepted: str) -> _Answer:
+    if not accepted:
+        return answer
+    if len(answer.body) < _INLINE_BYTES:
+        body, encoding = protocol.compress(answer.body, accepted)
+    else:
+        body, encoding = await asyncio.to_thread(protocol.compress, answer.body, accepted)
+    return replace(answer, body=body, encoding=encoding)
 
 
 async def _send(send: Send, answer: _Answer) -> None:
-    status, body, json_length = answer
-    headers: list[tuple[bytes, bytes]] = [(b"content-length", str(len(body)).encode())]
-    if json_length is None:
+    headers: list[tuple[bytes, bytes]] = [(b"content-length", str(len(answer.body)).encode())]
+    if answer.number is not None:
+        headers.append((protocol.ANSWER_HEADER.lower().encode(), str(answer.number).encode()))
+    if answer.encoding:
+        headers.append((b"content-encoding", answer.encoding.encode()))
+    if answer.json_length is None:
         headers.append((b"content-type", b"application/json"))
     else:
         headers.append((b"content-type", b"application/octet-stream"))
         name = protocol.JSON_LENGTH_HEADER.lower().encode()
-        headers.append((name, str(json_length).encode()))
-    start: dict[str, Any] = {"type": "http.response.start", "status": status, "headers": headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": body})
+        headers.append((name, str(answer.json_length).encode()))
+    start: dict[str, Any] = {"type": "http.response.start", "status": answer.status}
+    await send({**start, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})

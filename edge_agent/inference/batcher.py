@@ -73,10 +73,14 @@ class Batcher:
         self._queue.put(_Request(feeds, rows, shapes, future))
         return future
 
-    def close(self) -> None:
-        """Answer everything that is queued, then end the worker; blocks until it has ended."""
+    def end(self) -> threading.Thread:
+        """Return the worker, which answers everything that is queued and then ends."""
         self._queue.put(None)
-        self._worker.join()
+        return self._worker
+
+    def close(self) -> None:
+        """End the worker; blocks until it has answered everything that is queued."""
+        self.end().join()
 
     def _work(self) -> None:
         while batch := self._next_batch():

@@ -4,25 +4,32 @@ import os
 import resource
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edge_agent.inference.engine import Array, Engine
-
 _WARM_UP_RUNS = 5
-_TIMED_RUNS = 50
-_TIMED_S = 2.0  # a slow model is timed over fewer runs
+_TURNS, _BURST = 10, 5  # the first run after another model's finds the caches full of that
+_TIMED_S = 0.8  # of each model at most; a slow one is timed over fewer runs
 
 
-def median_ms(engine: Engine, feeds: dict[str, Array]) -> float:
-    """Return the median time of one run, in milliseconds."""
-    for _ in range(_WARM_UP_RUNS):
-        engine.run(feeds)
-    times: list[float] = []
-    while len(times) < _TIMED_RUNS and sum(times) < _TIMED_S:
+def medians_ms(runs: Mapping[int, Callable[[], object]]) -> dict[int, float]:
+    """Time all ``runs`` in turns; return the median time of one run of each, in milliseconds."""
+    for run in runs.values():
         started = time.perf_counter()
-        engine.run(feeds)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1000
+        for _ in range(_WARM_UP_RUNS):
+            run()
+            if time.perf_counter() - started > _TIMED_S / 2:
+                break
+    times: dict[int, list[float]] = {name: [] for name in runs}
+    for _ in range(_TURNS):
+        for name, run in runs.items():
+            for _ in range(_BURST):
+                if sum(times[name]) > _TIMED_S:
+                    break
+                started = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) * 1000 for name, values in times.items()}
 
 
 def peak_memory_bytes() -> int:

@@ -14,7 +14,7 @@ from edge_agent.inference.batcher import Batcher
 from edge_agent.inference.engine import Array, EngineOptions, release_memory
 from edge_agent.inference.metrics import Metrics
 from edge_agent.inference.model import Model, load_model
-from shared.manifest import Manifest
+from shared.manifest import Artifact, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,9 @@ class Served:
 
     version: str
     manifest: Manifest
+    artifact: Artifact
     batcher: Batcher
+    provider: str  # ONNX Runtime's execution provider, the one it settled on
 
     def infer(self, feeds: Mapping[str, Array]) -> "asyncio.Future[list[Array]]":
         """Queue a request whose arrays fit the manifest's signature."""
@@ -49,7 +51,9 @@ class LiveModel:
             old, self.now = self.now, self._serve(model)
             del model
             if old is not None:
-                await asyncio.to_thread(old.batcher.close)
+                # A thread of the pool lets go of its call a little late. This one holds no model,
+                # or the old one's memory would sometimes be freed after it is handed back below.
+                await asyncio.to_thread(old.batcher.end().join)
                 del old
         finally:
             release_memory()
@@ -65,6 +69,6 @@ class LiveModel:
         batcher = Batcher(model.engine, loop=asyncio.get_running_loop(), on_run=self._metrics.ran)
         manifest = model.manifest
         self._metrics.serves(
-            model=manifest.model, version=model.version, artifact=manifest.shipped.sha256
+            model=manifest.model, version=model.version, artifact=model.artifact.sha256
         )
-        return Served(model.version, manifest, batcher)
+        return Served(model.version, manifest, model.artifact, batcher, model.engine.provider)

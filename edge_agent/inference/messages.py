@@ -27,6 +27,7 @@ class Activated(msgspec.Struct, frozen=True, kw_only=True, tag="activated"):
     model: str
     version: str  # digest of the manifest
     artifact: str  # digest of the file
+    variant: str  # what the manifest calls it
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
@@ -46,6 +47,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     version_errors: int
     p50_ms: float | None
     p95_ms: float | None
+    labelled: int = 0  # rows of the version served now for which a label came back
+    correct: int = 0  # rows among them that were right
 
 
 FromServer = ServerReady | Activated | Refused | Stats

@@ -24,6 +24,7 @@ class Model:
 
     version: str
     manifest: Manifest
+    artifact: Artifact  # the one of the manifest's files that is here
     engine: Engine
     largest_difference: float  # in units of the output
 
@@ -36,15 +37,16 @@ def load_model(slot: Path, options: EngineOptions | None = None) -> Model:
         UnfitModelError: it does not load here, or its results are wrong.
     """
     version, manifest = unverified_manifest(slot)
-    artifact = manifest.shipped
+    content, artifact = _read_known(slot / MODEL, manifest)
     engine = Engine(
-        _read_exactly(slot / MODEL, artifact.sha256),
+        content,
         inputs=manifest.inputs,
         outputs=manifest.outputs,
         session_config=artifact.session_config,
         options=options,
     )
-    return Model(version, manifest, engine, _check_golden(engine, manifest, artifact))
+    off = _check_golden(engine, manifest, artifact)
+    return Model(version, manifest, artifact, engine, off)
 
 
 def golden_inputs(manifest: Manifest) -> dict[str, Array]:
@@ -63,18 +65,18 @@ def golden_inputs(manifest: Manifest) -> dict[str, Array]:
     return {spec.name: np.ascontiguousarray(values.astype(DTYPES[spec.datatype]))}
 
 
-def _read_exactly(path: Path, digest: str) -> bytes:
+def _read_known(path: Path, manifest: Manifest) -> tuple[bytes, Artifact]:
+    """Return the file and what the manifest says of it; only its digest tells which one it is."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UntrustedModelError(f"cannot read {path}: {error.strerror}") from error
     except MemoryError as error:
         raise UnfitModelError("the model needs more memory than there is for it") from error
-    if (found := sha256(content).hexdigest()) != digest:
-        raise UntrustedModelError(
-            f"{path} has digest {found[:12]} and its manifest names {digest[:12]}"
-        )
-    return content
+    found = sha256(content).hexdigest()
+    if (artifact := manifest.artifact(found)) is None:
+        raise UntrustedModelError(f"{path} has digest {found[:12]} and its manifest names no such")
+    return content, artifact
 
 
 def _check_golden(engine: Engine, manifest: Manifest, artifact: Artifact) -> float:

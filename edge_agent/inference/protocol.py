@@ -9,6 +9,7 @@ status and one sentence that names what was wanted and what came.
 """
 
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,11 @@ MAX_JSON_BYTES = 8 * 1024 * 1024
 # Memory that one byte of JSON takes while it is read: numbers about 11 bytes, empty lists 33.
 JSON_WEIGHT = 12
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+NO_LOADING = "models are deployed by the coordinator, not loaded by clients"
+ANSWER_HEADER = "Shoal-Answer"  # number of an answer, under which feedback may name it
 # Which kinds of numbers may fill a tensor from JSON: never a fraction into an integer.
 _KINDS = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}
+_LEAST_PACKED_BYTES = 1024  # a smaller answer takes longer to pack than to send
 _WINDOW_BITS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 
 
@@ -110,6 +114,30 @@ def decompress(body: bytes, encoding: str, *, limit_bytes: int) -> bytes:
     if not unpacker.eof or unpacker.unused_data:
         raise RequestError(f"the {encoding} body is cut off or followed by something else")
     return content
+
+
+def compress(body: bytes, accepted: str) -> tuple[bytes, str]:
+    """Pack an answer if its client takes it packed.
+
+    Args:
+        body: of the answer.
+        accepted: the request's Accept-Encoding.
+
+    Returns:
+        The body to send and its Content-Encoding, empty where it goes as it is.
+    """
+    offers = [offer.strip().lower().split(";") for offer in accepted.split(",")]
+    wanted = {name.strip() for name, *weight in offers if not _is_zero(weight)}
+    encoding = next((name for name in _WINDOW_BITS if name in wanted), "")
+    if not encoding or len(body) < _LEAST_PACKED_BYTES:
+        return body, ""
+    packer = zlib.compressobj(zlib.Z_BEST_SPEED, zlib.DEFLATED, _WINDOW_BITS[encoding])
+    return packer.compress(body) + packer.flush(), encoding
+
+
+def _is_zero(weight: list[str]) -> bool:
+    """Whether an offer says that its encoding is not wanted, as in ``gzip;q=0``."""
+    return any(re.fullmatch(r"\s*q=0(\.0*)?\s*", part) for part in weight)
 
 
 def too_large(limit_bytes: int) -> RequestError:
@@ -209,6 +237,26 @@ def render(
     return (b"".join((head, *chunks)), len(head)) if chunks else (head, None)
 
 
+def from_bytes(name: str, datatype: str, shape: tuple[int, ...], content: bytes) -> Array:
+    """Return one tensor that came as little-endian, row-major bytes.
+
+    Raises:
+        RequestError: its type is unknown, or its shape and length do not fit.
+    """
+    parameters = _Parameters(binary_data_size=len(content))
+    tensor = _Input(name, _dimensions(name, shape), datatype, parameters)
+    return _values(tensor, memoryview(content))[0]
+
+
+def from_numbers(name: str, datatype: str, shape: tuple[int, ...], numbers: Array) -> Array:
+    """Return one tensor of a known type that came as numbers.
+
+    Raises:
+        RequestError: they do not fit its shape or type.
+    """
+    return _fitted(_Input(name, _dimensions(name, shape), datatype), numbers)
+
+
 def render_error(message: str) -> bytes:
     """Return the one form of error that clients of the protocol can read."""
     return orjson.dumps({"error": message})
@@ -263,14 +311,25 @@ def _values(tensor: _Input, rest: memoryview) -> tuple[Array, memoryview]:
     return _shaped(np.frombuffer(rest[:size], dtype), tensor), rest[size:]
 
 
+def _dimensions(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) > _MOST_DIMENSIONS or any(dim < 0 for dim in shape):
+        raise RequestError(f"input {name!r} has a shape that no array can have")
+    return shape
+
+
 def _from_json(tensor: _Input) -> Array:
     """Read numbers from JSON, flat or nested like the shape."""
-    dtype = DTYPES[tensor.datatype]
     assert isinstance(tensor.data, msgspec.Raw)
     try:
         found = np.asarray(msgspec.json.decode(tensor.data))
     except (*NOT_JSON, ValueError) as error:
         raise RequestError(f"input {tensor.name!r} is not an even array of numbers") from error
+    return _fitted(tensor, found)
+
+
+def _fitted(tensor: _Input, found: Array) -> Array:
+    """Give numbers the type and shape of their tensor, if they fit without loss."""
+    dtype = DTYPES[tensor.datatype]
     if found.size and found.dtype.kind not in _KINDS[dtype.kind]:
         raise RequestError(f"input {tensor.name!r} holds other values than {tensor.datatype}")
     if found.size != math.prod(tensor.shape) or found.ndim not in {1, len(tensor.shape)}:

@@ -8,6 +8,7 @@ imports none of torch, onnx, flwr, SQLAlchemy, FastAPI, pandas or scipy.
 import argparse
 import asyncio
 import contextlib
+import importlib
 import logging
 import socket
 import threading
@@ -18,7 +19,9 @@ import msgspec
 import uvicorn
 import uvloop
 
+from edge_agent.inference.answering import Answering
 from edge_agent.inference.app import InferenceApp
+from edge_agent.inference.feedback import Feedback
 from edge_agent.inference.live import LiveModel
 from edge_agent.inference.messages import Activate, Activated, Refused, ServerReady, Stats
 from edge_agent.inference.metrics import Metrics
@@ -38,18 +41,20 @@ def main() -> None:
     die_with_parent()
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--fd", type=int, required=True, help="number of the listening socket")
+    parser.add_argument("--grpc", metavar="HOST:PORT", help="serve gRPC there, too")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     link: ParentLink[Activate] = ParentLink(Activate)
-    uvloop.run(_serve(link, socket.socket(fileno=arguments.fd)))
+    uvloop.run(_serve(link, socket.socket(fileno=arguments.fd), arguments.grpc))
 
 
-async def _serve(link: ParentLink[Activate], listener: socket.socket) -> None:
+async def _serve(link: ParentLink[Activate], listener: socket.socket, grpc: str | None) -> None:
     metrics = Metrics()
     live = LiveModel(metrics)
+    answering = Answering(live, Feedback(metrics.registry))
     server = uvicorn.Server(
         uvicorn.Config(
-            InferenceApp(live, metrics),
+            InferenceApp(answering, metrics),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -60,11 +65,16 @@ async def _serve(link: ParentLink[Activate], listener: socket.socket) -> None:
             timeout_graceful_shutdown=_DRAIN_S,
         )
     )
-    async with asyncio.TaskGroup() as group:
+    async with contextlib.AsyncExitStack() as doors, asyncio.TaskGroup() as group:
+        if grpc is not None:
+            # Imported here alone: without gRPC, a server shall not carry its memory.
+            module = importlib.import_module("edge_agent.inference.grpc_server")
+            grpc_server = await module.start_grpc(answering, metrics, grpc)
+            doors.push_async_callback(grpc_server.stop, _DRAIN_S)
         obey = _obey(_commands(link), live, link.send, server)
         jobs = [
             group.create_task(obey, name="obey"),
-            group.create_task(_report(metrics, link.send), name="report"),
+            group.create_task(_report(answering, metrics, link.send), name="report"),
         ]
         await server.serve(sockets=[listener])
         for job in jobs:
@@ -108,28 +118,37 @@ async def _activate(live: LiveModel, command: Activate) -> Activated | Refused:
         ticket=command.ticket,
         model=served.manifest.model,
         version=served.version,
-        artifact=served.manifest.shipped.sha256,
+        artifact=served.artifact.sha256,
+        variant=served.artifact.variant,
     )
 
 
-async def _report(metrics: Metrics, say: Say) -> None:
+async def _report(answering: Answering, metrics: Metrics, say: Say) -> None:
     """Tell the parent the counts whenever they changed, at most every `_STATS_EVERY_S`."""
-    said = 0
+    said: Stats | None = None
     while True:
         await asyncio.sleep(_STATS_EVERY_S)
-        if metrics.requests != said:
-            said, now = metrics.requests, metrics.now
-            say(
-                Stats(
-                    requests=said,
-                    errors=metrics.errors,
-                    version=now.version,
-                    version_requests=now.requests,
-                    version_errors=now.errors,
-                    p50_ms=now.p50_ms,
-                    p95_ms=now.p95_ms,
-                )
-            )
+        if (stats := _stats(answering, metrics)) != said:
+            said = stats
+            say(stats)
+
+
+def _stats(answering: Answering, metrics: Metrics) -> Stats:
+    # Not inlined: a local variable would keep a replaced model in memory while its caller sleeps.
+    now = answering.live.now
+    counts = metrics.now
+    labels = answering.feedback.counts(None if now is None else now.version)
+    return Stats(
+        requests=metrics.requests,
+        errors=metrics.errors,
+        version=counts.version,
+        version_requests=counts.requests,
+        version_errors=counts.errors,
+        p50_ms=counts.p50_ms,
+        p95_ms=counts.p95_ms,
+        labelled=labels.labelled,
+        correct=labels.correct,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the slot that was served, by itself.
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import random
 import socket
@@ -29,7 +30,13 @@ from edge_agent.inference.messages import (
 )
 from edge_agent.inference.trial import CHILD_ENV, describe_exit
 from shared.child import Child
-from shared.errors import PeerError, UnavailableError, UnfitModelError
+from shared.errors import (
+    ConfigError,
+    PeerError,
+    ShoalError,
+    UnavailableError,
+    UnfitModelError,
+)
 from shared.files import write_atomic
 from shared.listening import require_free_port, require_loopback
 from shared.messages import ServedFigures
@@ -50,13 +57,17 @@ class ServingFacts:
     """What is true now. Counts run on over restarts of the child."""
 
     address: str  # host:port
+    grpc_address: str | None = None  # host:port, where gRPC is served
     version: str | None = None  # digest of the manifest that is served; None: nothing is
     artifact: str | None = None  # digest of the file
+    variant: str = ""  # what its manifest calls the file
     requests: int = 0
     errors: int = 0
     p50_ms: float | None = None
     figures: ServedFigures | None = None  # of the version that was served last
     figures_before: ServedFigures | None = None  # of the one before, when it was replaced
+    labelled: int = 0  # rows for which a label came back, of this version in this child
+    correct: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,7 @@ class InferenceServer:
         port: int,
         *,
         rng: random.Random,
+        grpc_port: int | None = None,
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         """Listen.
@@ -84,16 +96,24 @@ class InferenceServer:
             host: a loopback address.
             port: 0 picks a free one; see `serving`.
             rng: spreads restarts.
+            grpc_port: where to serve gRPC, too; 0 picks a free one, None serves none.
             on_loss: told when a fresh child refuses the model that was served: nothing is, then.
 
         Raises:
-            ConfigError: ``host`` is not a loopback address.
+            ConfigError: ``host`` is not a loopback address, or gRPC is wanted and not installed.
             UnavailableError: the port is in use.
         """
         self._home, self._rng, self._on_loss = home, rng, on_loss
         self._listener = _listen(host, port)
-        bound: int = self._listener.getsockname()[1]
-        self._facts = ServingFacts(f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}")
+        try:
+            self._grpc = None if grpc_port is None else _reserve_grpc(host, grpc_port)
+        except ShoalError:
+            self._listener.close()
+            raise
+        self._facts = ServingFacts(
+            _address(host, self._listener),
+            None if self._grpc is None else _address(host, self._grpc),
+        )
         self._before = (0, 0)  # requests and errors of children that are gone
         self._before_of_version = (0, 0)  # likewise, since the served version took over
         self._slot: Path | None = None
@@ -134,6 +154,8 @@ class InferenceServer:
     def close(self) -> None:
         """Stop listening; `run` does it at its end."""
         self._listener.close()
+        if self._grpc is not None:
+            self._grpc.close()
 
     async def activate(self, slot: Path) -> None:
         """Serve the version in ``slot``; returns when every request goes to it.
@@ -201,8 +223,11 @@ class InferenceServer:
 
     async def _start(self) -> Child:
         number = self._listener.fileno()
+        argv = [sys.executable, "-m", "edge_agent.inference.server", f"--fd={number}"]
+        if self._facts.grpc_address is not None:
+            argv.append(f"--grpc={self._facts.grpc_address}")
         return await Child.start(
-            [sys.executable, "-m", "edge_agent.inference.server", f"--fd={number}"],
+            argv,
             name="inference server",
             log_path=self._log_path,
             env=CHILD_ENV,
@@ -216,8 +241,8 @@ class InferenceServer:
                     self._up.set()
                 else:
                     await child.send(Activate(ticket=RESTORING, slot=str(self._slot)))
-            case Activated(version=version, artifact=artifact):
-                self._note_served(version, artifact)
+            case Activated():
+                self._note_served(message)
                 self._up.set()
                 self._answer(message)
             case Refused(cause=cause):
@@ -230,9 +255,10 @@ class InferenceServer:
             case Stats():
                 self._note_stats(message)
 
-    def _note_served(self, version: str, artifact: str) -> None:
+    def _note_served(self, activated: Activated) -> None:
         """Count anew for a version that is new; a fresh child may just have its model back."""
-        facts = replace(self._facts, version=version, artifact=artifact)
+        version, artifact = activated.version, activated.artifact
+        facts = replace(self._facts, version=version, artifact=artifact, variant=activated.variant)
         known = facts.figures
         if known is None or (known.version, known.artifact) != (version, artifact):
             self._before_of_version = (0, 0)
@@ -247,6 +273,8 @@ class InferenceServer:
             requests=requests + stats.requests,
             errors=errors + stats.errors,
             p50_ms=stats.p50_ms,
+            labelled=stats.labelled,
+            correct=stats.correct,
         )
         figures = facts.figures
         if figures is not None and figures.version == stats.version:
@@ -281,7 +309,14 @@ class InferenceServer:
             if self._pending is None:  # else it died of the model that it was to load
                 figures = msgspec.structs.replace(figures, crashes=figures.crashes + 1)
         self._facts = replace(
-            self._facts, version=None, artifact=None, p50_ms=None, figures=figures
+            self._facts,
+            version=None,
+            artifact=None,
+            variant="",
+            p50_ms=None,
+            labelled=0,
+            correct=0,
+            figures=figures,
         )
         if self._pending is not None and not self._pending.answer.done():
             cause = f"{ending} while it loaded the model"
@@ -297,6 +332,22 @@ class InferenceServer:
     @property
     def _log_path(self) -> Path:
         return self._home / "logs" / "inference.log"
+
+
+def _address(host: str, bound: socket.socket) -> str:
+    port: int = bound.getsockname()[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reserve_grpc(host: str, port: int) -> socket.socket:
+    """Bind the port without listening: our children may listen there, other users' programs not."""
+    if importlib.util.find_spec("grpc") is None:
+        raise ConfigError("gRPC is not installed; pip install 'shoal[grpc]', or unset its port")
+    require_free_port(host, port, purpose="the gRPC server", option="--grpc-port")
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind((host, port))
+    return reserved
 
 
 def _listen(host: str, port: int) -> socket.socket:

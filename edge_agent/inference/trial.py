@@ -1,4 +1,4 @@
-"""The daemon's end of a self-test: starts the throwaway process and turns its end into words."""
+"""The daemon's end of self-tests: starts the throwaway process and turns its end into words."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -17,29 +19,55 @@ from shared.errors import UnavailableError, UnfitModelError
 TIME_LIMIT_S = 60.0
 BASE_ALLOWANCE_BYTES = 768 * 1024**2  # for threads, buffers and activations of any model
 COPIES = 4  # of the weights, while ONNX Runtime parses, optimises and packs them
-# What one process gets of the environment of all: small heaps, no thread pools of its own.
-CHILD_ENV = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+# What one process gets of the environment of all: no thread pools of its own, and one heap, because
+# a second would stay as large as it ever was: malloc_trim cuts the end of the first alone.
+CHILD_ENV = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+
+Verdict = SelfTestResult | UnfitModelError
+_ANSWER: Any = SelfTestAnswer
 
 logger = logging.getLogger(__name__)
 
 
 async def run_self_test(
-    slot: Path, *, time_limit_s: float = TIME_LIMIT_S, memory_bytes: int | None = None
-) -> SelfTestResult:
-    """Test the model in ``slot`` in a process of its own.
+    slots: Sequence[Path], *, time_limit_s: float = TIME_LIMIT_S, memory_bytes: int | None = None
+) -> list[Verdict]:
+    """Test the model in each of ``slots`` in a process apart, and time them in turns.
+
+    One process tries them all; should it not survive that, each gets a process of its own, so that
+    only the guilty one is refused.
 
     Args:
-        slot: folder of a staged version.
-        time_limit_s: wall clock; the process is killed after it.
-        memory_bytes: address space for the model; by default in proportion to its file.
+        slots: folders of staged versions, or of files of one version.
+        time_limit_s: wall clock of one process, which is killed after it.
+        memory_bytes: address space for the models; by default in proportion to their files.
+
+    Returns:
+        What was measured of each, or why it is refused: by itself, or as it crashed the process,
+        hung, or took too much memory.
 
     Raises:
-        UnfitModelError: the model is refused, crashed the process, hung, or took too much memory.
-        UnavailableError: the process could not be started.
+        UnavailableError: no process could be started.
     """
-    if memory_bytes is None:
-        memory_bytes = _allowance(slot)
-    argv = [sys.executable, "-m", "edge_agent.inference.self_test", str(slot)]
+    allowed = sum(map(_allowance, slots)) if memory_bytes is None else memory_bytes
+    try:
+        return await _try_together(slots, time_limit_s, allowed)
+    except UnfitModelError as error:
+        if len(slots) == 1:
+            return [error]
+    logger.warning("one of %d models ended the self-test of all; trying each alone", len(slots))
+    alone = [
+        await run_self_test([slot], time_limit_s=time_limit_s, memory_bytes=memory_bytes)
+        for slot in slots
+    ]
+    return [verdict for (verdict,) in alone]
+
+
+async def _try_together(
+    slots: Sequence[Path], time_limit_s: float, memory_bytes: int
+) -> list[Verdict]:
+    """Return the answers of one process; raise UnfitModelError unless it survived."""
+    argv = [sys.executable, "-m", "edge_agent.inference.self_test", *map(str, slots)]
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -61,7 +89,7 @@ async def run_self_test(
         ) from error
     finally:
         await _end(process)
-    return _verdict(out, err, process.returncode)
+    return _verdicts(out, err, process.returncode, len(slots))
 
 
 def describe_exit(status: int | None) -> str:
@@ -85,17 +113,18 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _verdict(out: bytes, err: bytes, status: int | None) -> SelfTestResult:
-    lines = out.splitlines()
+def _verdicts(out: bytes, err: bytes, status: int | None, count: int) -> list[Verdict]:
+    lines = out.splitlines()[-count:]
     try:
-        answer: SelfTestAnswer = msgspec.json.decode(
-            lines[-1] if lines else b"", type=SelfTestAnswer
-        )
+        answers = [msgspec.json.decode(line, type=_ANSWER) for line in lines]
     except msgspec.DecodeError:
+        answers = []
+    if len(answers) < count:
         logger.warning("self-test said: %s", err.decode(errors="replace")[-2000:])
         raise UnfitModelError(
             f"the model did not survive its self-test: the process {describe_exit(status)}"
-        ) from None
-    if isinstance(answer, SelfTestRefusal):
-        raise UnfitModelError(answer.cause)
-    return answer
+        )
+    return [
+        UnfitModelError(answer.cause) if isinstance(answer, SelfTestRefusal) else answer
+        for answer in answers
+    ]

@@ -141,3 +141,29 @@ def test_a_database_file_in_no_folder_is_refused_in_a_sentence(tmp_path: Path) -
 def test_something_else_than_a_database_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="no database URL"):
         Database(url)
+
+
+def test_closing_waits_for_a_transaction_that_somebody_was_cancelled_in(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'shoal.db'}")
+    order: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with database.transaction():
+            begun.set()
+            go_on.wait(30)
+            order.append("worked")
+
+    def close() -> None:
+        database.close()
+        order.append("closed")
+
+    threads = [threading.Thread(target=work)]
+    threads[0].start()
+    begun.wait(30)
+    threads.append(threading.Thread(target=close))
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert order == ["worked", "closed"]

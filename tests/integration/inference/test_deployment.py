@@ -3,25 +3,29 @@
 import asyncio
 import contextlib
 import errno
+import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from edge_agent.choice import Choices, Profile
 from edge_agent.deployment import Deployment
 from edge_agent.download import Downloader, Patience
 from edge_agent.inference.messages import SelfTestResult
 from edge_agent.inference.supervisor import InferenceServer
+from edge_agent.inference.trial import Verdict
 from edge_agent.slot_files import MODEL
 from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
-from shared.manifest import TensorSpec
+from shared.manifest import Artifact, TensorSpec
 from shared.messages import DeploymentState, Failure
 from shared.signed_manifest import sign_manifest
 from shared.signing import SigningKey
@@ -68,10 +72,19 @@ class Repository:
         return FileResponse(self.folder / request.path_params["sha256"])
 
 
+PROFILE = Profile(features=frozenset(), accelerator=False, runtime="1", largest_bytes=1_000_000)
+
+
 class Device:
     """One agent's deployment parts over its home."""
 
-    def __init__(self, home: Path, repository: Repository, server: InferenceServer) -> None:
+    def __init__(
+        self,
+        home: Path,
+        repository: Repository,
+        server: InferenceServer,
+        profile: Profile | None = None,
+    ) -> None:
         self.server = server
         self.told: list[tuple[str, str]] = []
         transport = httpx.ASGITransport(repository.app)
@@ -80,7 +93,8 @@ class Device:
         fetch = Downloader(
             home, self.client, device="device-1", key=KEY, rng=RNG, patience=patience
         )
-        self.deployment = Deployment(home, TRUSTED, server, fetch, self._report)
+        choices = Choices(home, profile or PROFILE)
+        self.deployment = Deployment(home, TRUSTED, server, fetch, self._report, choices=choices)
 
     async def _report(self, state: DeploymentState, cause: str, failure: Failure) -> None:
         self.failure = failure
@@ -213,8 +227,8 @@ async def test_a_model_that_passes_its_test_and_fails_in_the_server_is_refused(
     bad = not_finite()
     scene.repository.publish(bad)
 
-    async def lenient(_slot: Path) -> SelfTestResult:
-        return SelfTestResult(
+    async def lenient(slots: Sequence[Path]) -> list[Verdict]:
+        passed = SelfTestResult(
             version=bad.digest,
             artifact=bad.artifact.sha256,
             provider="",
@@ -223,6 +237,7 @@ async def test_a_model_that_passes_its_test_and_fails_in_the_server_is_refused(
             largest_difference=0,
             peak_memory_bytes=0,
         )
+        return [passed for _ in slots]
 
     scene.deployment._self_test = lenient
     await refused(scene, bad, UnfitModelError, "holds NaN")
@@ -350,3 +365,84 @@ async def test_a_staged_version_is_not_fetched_again_after_a_crash(tmp_path: Pat
         await device.deployment.converge(linear(2).digest)
         assert device.serves(linear(2))
         assert repository.asked == []
+
+
+# --- a version of several files -------------------------------------------------------------------
+
+
+class Files:
+    """A version of several files, as a repository offers them."""
+
+    def __init__(self, repository: Repository, **contents: bytes) -> None:
+        artifacts = []
+        for name, content in contents.items():
+            digest = hashlib.sha256(content).hexdigest()
+            (repository.folder / digest).write_bytes(content)
+            artifacts.append(Artifact(variant=name, sha256=digest, size_bytes=len(content)))
+        self.artifacts = {artifact.variant: artifact for artifact in artifacts}
+        self.version = linear(1).changed(artifacts=tuple(artifacts), ship=artifacts[0].variant)
+        repository.manifests[self.version.digest] = self.version.signed.sealed
+
+    def changed(self, repository: Repository, name: str, **changes: Any) -> "Files":
+        artifacts = {
+            **self.artifacts,
+            name: msgspec.structs.replace(self.artifacts[name], **changes),
+        }
+        self.artifacts = artifacts
+        self.version = self.version.changed(artifacts=tuple(artifacts.values()))
+        repository.manifests[self.version.digest] = self.version.signed.sealed
+        return self
+
+
+def padded(extra: int) -> bytes:
+    """The same function in a larger file that takes longer."""
+    return linear(1, padding=extra).content
+
+
+async def test_the_fastest_file_that_is_right_here_is_served_and_remembered(scene: Scene) -> None:
+    wrong = linear(2).content
+    files = Files(scene.repository, slow=padded(400_000), quick=linear(1).content, wrong=wrong)
+    scene.device.deployment._choices.profile = msgspec.structs.replace(
+        PROFILE, largest_bytes=10_000_000
+    )
+    await scene.deployment.converge(files.version.digest)
+    quick = files.artifacts["quick"]
+    serving = scene.device.server.serving
+    assert (serving.version, serving.artifact) == (files.version.digest, quick.sha256)
+    assert serving.variant == "quick"
+    assert scene.repository.asked == ["manifest", *["artifact"] * 3]
+    assert not (scene.home / "models" / "trying").exists()
+    current = scene.deployment.current()
+    assert current is not None
+    assert scene.deployment._choices.of(current.version, current.manifest) == quick
+
+
+async def test_what_does_not_fit_this_device_is_not_even_fetched(scene: Scene) -> None:
+    files = Files(scene.repository, ship=linear(1).content, big=padded(400_000), vnni=padded(1))
+    files = files.changed(scene.repository, "vnni", needs=("vnni",))
+    await scene.deployment.converge(files.version.digest)
+    assert scene.device.server.serving.variant == "ship"
+    assert scene.repository.asked == ["manifest", "artifact"]
+
+
+async def test_a_larger_file_is_fetched_where_the_others_are_wrong_here(scene: Scene) -> None:
+    files = Files(scene.repository, ship=linear(2).content, fp32=padded(1000))
+    await scene.deployment.converge(files.version.digest)
+    assert scene.device.server.serving.variant == "fp32"
+
+
+async def test_a_version_too_large_for_the_slot_is_refused_and_the_old_one_serves(
+    scene: Scene,
+) -> None:
+    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    files = Files(scene.repository, ship=padded(400_000))
+    await refused(
+        scene, files.version, UnfitModelError, "takes 1,6.* bytes and a slot holds 1,000,000; raise"
+    )
+    assert scene.device.failure == "unfit"
+
+
+async def test_if_every_file_is_wrong_each_is_named_with_its_reason(scene: Scene) -> None:
+    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    files = Files(scene.repository, one=linear(2).content, two=linear(3).content)
+    await refused(scene, files.version, UnfitModelError, "one: the golden .*; two: the golden ")

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from edge_agent.inference.messages import SelfTestRefusal
-from edge_agent.inference.self_test import self_test
+from edge_agent.inference.messages import SelfTestRefusal, SelfTestResult
 from edge_agent.inference.trial import run_self_test
 from edge_agent.slot_files import MODEL
 from shared.errors import UnavailableError, UnfitModelError
@@ -24,6 +23,7 @@ from tests.integration.inference.tiny_models import (
     not_finite,
     version_of,
 )
+from tests.integration.inference.trying import answer_of, tried
 from tests.integration.inference.waiting import until
 
 
@@ -39,13 +39,13 @@ def trials() -> list[int]:
 
 def refusal(version: Version, slot: Path) -> str:
     """Return why the model is refused, in this process: quicker than in one of its own."""
-    answer = self_test(version.put_into(slot))
+    answer = answer_of(version.put_into(slot))
     assert isinstance(answer, SelfTestRefusal)
     return answer.cause
 
 
 async def test_a_good_model_passes_and_is_measured(tmp_path: Path) -> None:
-    result = await run_self_test(linear().put_into(tmp_path / "a"))
+    result = await tried(linear().put_into(tmp_path / "a"))
     assert result.version == linear().digest
     assert result.artifact == linear().artifact.sha256
     assert result.provider == "CPUExecutionProvider"
@@ -56,13 +56,13 @@ async def test_a_good_model_passes_and_is_measured(tmp_path: Path) -> None:
 
 async def test_a_refused_model_says_why(tmp_path: Path) -> None:
     with pytest.raises(UnfitModelError, match="holds NaN or infinity on the golden batch"):
-        await run_self_test(not_finite().put_into(tmp_path / "a"))
+        await tried(not_finite().put_into(tmp_path / "a"))
 
 
 async def test_a_model_that_hangs_is_stopped_in_time(tmp_path: Path) -> None:
     slot = endless().put_into(tmp_path / "a")
     with pytest.raises(UnfitModelError, match="did not finish its self-test within 2 seconds"):
-        await run_self_test(slot, time_limit_s=2)
+        await tried(slot, time_limit_s=2)
     assert not trials()
 
 
@@ -70,12 +70,12 @@ async def test_a_model_that_eats_memory_fails_alone(tmp_path: Path) -> None:
     with pytest.raises(
         UnfitModelError, match=r"the model (failed|does not load|needs more memory)"
     ):
-        await run_self_test(gigantic().put_into(tmp_path / "a"))
+        await tried(gigantic().put_into(tmp_path / "a"))
 
 
 async def test_a_model_that_crashes_its_process_is_named_with_the_signal(tmp_path: Path) -> None:
     slot = endless().put_into(tmp_path / "a")
-    trial = asyncio.create_task(run_self_test(slot, time_limit_s=30))
+    trial = asyncio.create_task(tried(slot, time_limit_s=30))
 
     await until(trials)
     os.kill(trials()[0], signal.SIGSEGV)
@@ -83,12 +83,27 @@ async def test_a_model_that_crashes_its_process_is_named_with_the_signal(tmp_pat
         await trial
 
 
+async def test_one_of_several_that_ends_the_process_is_the_only_one_refused(
+    tmp_path: Path,
+) -> None:
+    slots = [
+        version.put_into(tmp_path / name)
+        for name, version in (("a", linear(1)), ("b", endless()), ("c", not_finite()))
+    ]
+    good, hangs, wrong = await run_self_test(slots, time_limit_s=3)
+    assert isinstance(good, SelfTestResult)
+    assert good.version == linear(1).digest
+    assert "did not finish its self-test" in str(hangs)
+    assert "NaN or infinity" in str(wrong)
+    assert not trials()
+
+
 async def test_a_self_test_that_cannot_start_is_no_fault_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-such-python"))
     with pytest.raises(UnavailableError, match="cannot start the self-test"):
-        await run_self_test(linear().put_into(tmp_path / "a"))
+        await tried(linear().put_into(tmp_path / "a"))
 
 
 def test_a_file_that_is_not_the_one_that_was_signed_is_refused(tmp_path: Path) -> None:
@@ -96,11 +111,11 @@ def test_a_file_that_is_not_the_one_that_was_signed_is_refused(tmp_path: Path) -
     content = bytearray(linear().content)
     content[-1] ^= 1
     (slot / MODEL).write_bytes(content)
-    answer = self_test(slot)
+    answer = answer_of(slot)
     assert isinstance(answer, SelfTestRefusal)
     assert "has digest" in answer.cause
     (slot / MODEL).unlink()
-    answer = self_test(slot)
+    answer = answer_of(slot)
     assert isinstance(answer, SelfTestRefusal)
     assert "No such file" in answer.cause
 
@@ -159,6 +174,6 @@ def test_an_artifact_is_held_to_a_tolerance_of_its_own(tmp_path: Path) -> None:
     content, inputs = linear().content, np.ones((2, FEATURES), np.float32)
     off = (inputs @ linear().weights + np.float32(0.5)).astype(np.float32)
     loose = version_of(content, inputs, off, tolerance=0.6)
-    assert not isinstance(self_test(loose.put_into(tmp_path / "loose")), SelfTestRefusal)
+    assert not isinstance(answer_of(loose.put_into(tmp_path / "loose")), SelfTestRefusal)
     tight = version_of(content, inputs, off, tolerance=0.4)
     assert "more than the tolerance of 0.4" in refusal(tight, tmp_path / "tight")

@@ -108,6 +108,40 @@ async def test_triton_gets_the_models_answer_in_every_form(
     assert answer.get_response()["model_version"] == VERSION.digest
 
 
+@pytest.mark.parametrize("packing", ["gzip", "deflate"])
+async def test_triton_unpacks_our_large_answers(serving: InferenceServer, packing: str) -> None:
+    rows = np.ones((2000, FEATURES), np.float32)
+
+    def infer(client: Any) -> Any:
+        return client.infer("tiny", [tensor(rows)], response_compression_algorithm=packing)
+
+    answer = await ask_triton(serving, infer)
+    np.testing.assert_allclose(answer.as_numpy("y"), rows @ VERSION.weights, rtol=1e-5)
+
+
+async def test_a_large_answer_travels_packed_to_who_accepts_it(client: httpx.AsyncClient) -> None:
+    body = as_json(np.ones((2000, FEATURES), np.float32))
+    packed = await client.post(
+        "/v2/models/tiny/infer", json=body, headers={"accept-encoding": "gzip"}
+    )
+    assert packed.headers["content-encoding"] == "gzip"
+    assert int(packed.headers["content-length"]) < 10_000
+    plain = await client.post(
+        "/v2/models/tiny/infer", json=body, headers={"accept-encoding": "identity"}
+    )
+    assert "content-encoding" not in plain.headers
+    assert plain.json() == packed.json()
+
+
+async def test_triton_reads_the_configuration(serving: InferenceServer) -> None:
+    config = await ask_triton(serving, lambda c: c.get_model_config("tiny", VERSION.digest))
+    assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 4]}]
+    assert config["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": [-1, 3]}]
+    assert config["parameters"]["execution_provider"]["string_value"] == "CPUExecutionProvider"
+    with pytest.raises(InferenceServerException, match="other is not served here"):
+        await ask_triton(serving, lambda c: c.get_model_config("other"))
+
+
 async def test_triton_gets_binary_outputs_when_it_names_none(serving: InferenceServer) -> None:
     answer = await ask_triton(
         serving, lambda c: c.infer("tiny", [tensor(ROWS)], model_version=VERSION.digest)
@@ -217,6 +251,38 @@ async def test_metrics_tell_requests_errors_latency_and_what_is_served(
     await until(lambda: serving.serving.requests >= before + 2)
     assert serving.serving.errors == 0
     assert serving.serving.p50_ms is not None
+
+
+async def test_labels_that_come_back_are_counted_and_reported_to_the_daemon(
+    client: httpx.AsyncClient, serving: InferenceServer
+) -> None:
+    predicted = WANTED.argmax(axis=1).tolist()
+    await client.post("/v2/models/tiny/infer", json={**as_json(ROWS), "id": "part-1"})
+    answer = await client.post("/v2/models/tiny/infer", json=as_json(ROWS))
+    wrong = [(predicted[0] + 1) % 3, predicted[1]]
+    labelled = [
+        {"id": "part-1", "labels": predicted},
+        {"answer": int(answer.headers["shoal-answer"]), "labels": wrong},
+        {"id": "never asked", "labels": [0]},
+    ]
+    response = await client.post("/v1/feedback", json={"answers": labelled})
+    assert response.json() == {"labelled": 4, "correct": 3, "unknown": 1}
+    text = (await client.get("/metrics")).text
+    assert f'shoal_feedback_labelled_total{{version="{VERSION.digest}"}} 4.0' in text
+    assert f'shoal_feedback_correct_total{{version="{VERSION.digest}"}} 3.0' in text
+    await until(lambda: serving.serving.labelled == 4)
+    assert serving.serving.correct == 3
+
+
+async def test_feedback_that_is_not_understood_or_endless_is_refused_in_json(
+    client: httpx.AsyncClient,
+) -> None:
+    refused = await client.post("/v1/feedback", content=b"{")
+    assert refused.status_code == 400
+    assert "the feedback is not understood" in refused.json()["error"]
+    endless = await client.post("/v1/feedback", content=bytes(1024 * 1024 + 1))
+    assert endless.status_code == 413
+    assert "over the limit of 1048576 bytes" in endless.json()["error"]
 
 
 async def test_many_clients_at_once_all_get_their_own_answer(client: httpx.AsyncClient) -> None:

@@ -293,5 +293,15 @@ async def test_the_server_process_loads_no_training_or_web_framework(
         if line.startswith("import time:")
     }
     assert {"onnxruntime", "uvicorn", "starlette"} <= imported
-    forbidden = {"torch", "onnx", "flwr", "sqlalchemy", "fastapi", "pydantic", "pandas", "scipy"}
+    forbidden = {
+        "torch",
+        "onnx",
+        "flwr",
+        "sqlalchemy",
+        "fastapi",
+        "pydantic",
+        "pandas",
+        "scipy",
+        "grpc",
+    }
     assert not imported & forbidden

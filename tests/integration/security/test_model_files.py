@@ -14,8 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_inference_collection import InferenceSession
 
 from edge_agent.inference.onnx_file import require_self_contained
-from edge_agent.inference.self_test import self_test
-from edge_agent.inference.trial import run_self_test
 from shared.errors import UnfitModelError
 from tests.integration.inference.tiny_models import (
     CLASSES,
@@ -25,6 +23,7 @@ from tests.integration.inference.tiny_models import (
     linear,
     version_of,
 )
+from tests.integration.inference.trying import answer_of, tried
 
 SECRET = b"-----BEGIN KEY--"
 REFUSAL = "takes data from another file"
@@ -105,7 +104,7 @@ def test_a_signed_model_that_names_another_file_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "identity.pem").write_bytes(SECRET)
-    answer = self_test(signed(hide(location)).put_into(tmp_path / "a"))
+    answer = answer_of(signed(hide(location)).put_into(tmp_path / "a"))
     assert REFUSAL in getattr(answer, "cause", "")
 
 
@@ -117,12 +116,12 @@ async def test_the_throwaway_process_refuses_it_as_well(
     (tmp_path / "identity.pem").write_bytes(SECRET)
     slot = signed(with_initializer("identity.pem")).put_into(tmp_path / "a")
     with pytest.raises(UnfitModelError, match=REFUSAL):
-        await asyncio.wait_for(run_self_test(slot), 60)
+        await asyncio.wait_for(tried(slot), 60)
 
 
 def test_a_model_with_an_operator_of_an_unknown_library_is_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("RunShell", ["x"], ["y"], domain="evil.example")]
-    answer = self_test(signed(build(nodes, [])).put_into(tmp_path / "a"))
+    answer = answer_of(signed(build(nodes, [])).put_into(tmp_path / "a"))
     assert "does not load" in getattr(answer, "cause", "")
 
 

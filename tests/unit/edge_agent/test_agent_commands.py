@@ -101,6 +101,8 @@ def test_a_busy_agent_with_trouble_is_described() -> None:
         doing="run-1: training round 3",
         deployment=DeploymentState.FAILED,
         serving_version="ab" * 32,
+        labelled=400,
+        correct=389,
         cause="the download has digest 1 and the manifest names 2",
         outbox_depth=2,
     )
@@ -110,6 +112,7 @@ def test_a_busy_agent_with_trouble_is_described() -> None:
         "data for  digits, faults",
         "training  run-1: training round 3",
         "serving   model digits, version abababababab, at http://127.0.0.1:8480",
+        "labels    400 came back, 97.2% of them as predicted",
         "trouble   the download has digest 1 and the manifest names 2",
         "unsent    2 messages wait for the coordinator",
     ]

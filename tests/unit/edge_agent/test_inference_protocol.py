@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_agent.inference.engine import DTYPES
-from edge_agent.inference.protocol import RequestError, decompress, match, parse, render
+from edge_agent.inference.protocol import RequestError, compress, decompress, match, parse, render
 from shared.manifest import TensorSpec
 
 INPUTS = (TensorSpec("image", "FP32", (-1, 2, 3)), TensorSpec("mask", "UINT8", (-1, 2)))
@@ -234,3 +234,35 @@ def test_an_unknown_encoding_is_refused() -> None:
     with pytest.raises(RequestError, match="use gzip, deflate or none") as caught:
         decompress(b"x", "br", limit_bytes=10)
     assert caught.value.status == 415
+
+
+@pytest.mark.parametrize(
+    ("accepted", "encoding"),
+    [
+        ("gzip", "gzip"),
+        ("deflate", "deflate"),
+        ("br, GZIP;q=0.5", "gzip"),
+        ("gzip;q=0, deflate", "deflate"),
+        ("identity", ""),
+        ("", ""),
+    ],
+)
+def test_an_answer_is_packed_as_its_client_accepts(accepted: str, encoding: str) -> None:
+    content = bytes(10_000)
+    packed, said = compress(content, accepted)
+    assert said == encoding
+    assert decompress(packed, said, limit_bytes=len(content)) == content
+    assert (len(packed) < 100) == bool(encoding)
+
+
+def test_a_small_answer_is_not_worth_packing() -> None:
+    assert compress(b"short", "gzip") == (b"short", "")
+
+
+@pytest.mark.parametrize("shape", [[10**9], [1, 10**9], [1000, 1000, 1000]])
+def test_a_thousand_million_elements_are_refused_before_memory_is_taken(shape: list[int]) -> None:
+    with pytest.raises(RequestError, match="declares shape"):
+        parse(one_input(shape=shape), None)
+    claimed = one_input(shape=shape, data=None, parameters={"binary_data_size": 10**9})
+    with pytest.raises(RequestError, match=r"declares 1000000000, and 0 are left in the body"):
+        parse(claimed, str(len(claimed)))
