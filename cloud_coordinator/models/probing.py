@@ -1,6 +1,7 @@
 """The two ends of a calibration: the file that devices are asked about, and what they answered."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 from cloud_coordinator.models.calibration import (
     RangePlan,
     Ranges,
+    Tensors,
     float_tensors,
     plan_ranges,
     ranges_from,
@@ -20,6 +22,8 @@ from cloud_coordinator.models.pipeline_messages import Calibration
 from shared.errors import UnfitModelError
 from shared.statistics.probes import Probe
 from shared.tasks.task import Task
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 32  # drawn to find where a range lies
 
@@ -56,9 +60,20 @@ def ranges_by_step(
 
 
 def _plan(model: onnx.ModelProto, task: Task, seed: int) -> RangePlan:
+    try:
+        return plan_ranges(model, _drawn(model, task, seed), task.contract)
+    except UnfitModelError:
+        raise
+    except Exception as error:  # onnx and ONNX Runtime raise whatever they stumble over
+        logger.exception("the ranges cannot be found")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UnfitModelError(f"its ranges cannot be found: {reason}") from error
+
+
+def _drawn(model: onnx.ModelProto, task: Task, seed: int) -> Tensors:
+    """Return every float tensor, shape (b, …), on inputs drawn from the contract."""
     inputs = np.asarray(task.example_inputs(np.random.default_rng(seed), _ROWS), np.float32)
     names: Sequence[str] = float_tensors(model)
     session = open_session(with_outputs(model, names).SerializeToString(), {})
     values = session.run(None, {model.graph.input[0].name: np.ascontiguousarray(inputs)})
-    drawn = {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
-    return plan_ranges(model, drawn, task.contract)
+    return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}

@@ -12,7 +12,7 @@ different ways:
 
 import copy
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from cloud_coordinator.models.calibration import Ranges, float_tensors
 from shared.errors import UnfitModelError
 
 _HEAVY = ("Conv", "Gemm", "MatMul")  # what gains from 8 bits
-_QUANTISED = {"QLinearConv", "QGemm", "QLinearMatMul"}
 _MOST_LEFT_OUT = 8  # nodes that stay in float before a kind is given up
 _MOST_COMPARED = 16  # nodes whose sensitivity is measured: the first and the last ones
 
@@ -85,18 +84,20 @@ def to_static_int8(
     Raises:
         UnfitModelError: an operator cannot be quantised or a range is missing; names it.
     """
-    if missing := [name for name in float_tensors(model) if name not in ranges]:
-        raise UnfitModelError(f"tensor {missing[0]!r} has no range; calibrate it as well")
     if not (names := heavy_nodes(model)):
         found = ", ".join(sorted({node.op_type for node in model.graph.node}))
         raise UnfitModelError(f"no operator gains from static int8: the model has {found} only")
+    if missing := [name for name in float_tensors(model) if name not in ranges]:
+        raise UnfitModelError(f"tensor {missing[0]!r} has no range; calibrate it as well")
     try:
         result = _quantised(model, ranges, kind, exclude)
     except Exception as error:  # the quantiser raises whatever it stumbles over
         raise UnfitModelError(
             f"ONNX Runtime cannot quantise this graph: {type(error).__name__}: {error}"
         ) from error
-    left = [node for node in result.graph.node if _is_float(node, result, kind, set(exclude))]
+    left = [
+        node for node in result.graph.node if node.name not in exclude and _is_float(node, result)
+    ]
     if left:
         raise UnfitModelError(
             f"operator {left[0].op_type} (node {left[0].name!r}) cannot be computed in int8"
@@ -218,18 +219,7 @@ def _quantised(
         return onnx.load(out)
 
 
-def _is_float(node: Any, model: onnx.ModelProto, kind: Kind, exclude: set[str]) -> bool:
-    """Return whether a node computes in float although it should not."""
-    if node.op_type not in _HEAVY or node.name in exclude:
-        return False
+def _is_float(node: Any, model: onnx.ModelProto) -> bool:
+    """Return whether a node still reads its weights as they were; int8 ones have other names."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    if not kind.qdq:
-        return bool(weights & set(node.input))
-    makers: dict[str, str] = dict(_makers(model))
-    return makers.get(node.input[0]) != "DequantizeLinear" and bool(weights & set(node.input[1:]))
-
-
-def _makers(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
-    for node in model.graph.node:
-        for name in node.output:
-            yield name, node.op_type
+    return node.op_type in _HEAVY and bool(weights & set(node.input))

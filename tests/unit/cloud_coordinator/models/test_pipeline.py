@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from cloud_coordinator.compression.service import question_about
-from cloud_coordinator.models import candidates, pipeline
+from cloud_coordinator.models import candidates, pipeline, probing
 from cloud_coordinator.models.export import TrainedModel
 from cloud_coordinator.models.parity import open_session
 from cloud_coordinator.models.pipeline_messages import (
@@ -24,7 +24,7 @@ from cloud_coordinator.models.pipeline_messages import (
 from cloud_coordinator.models.quantise import Variant, variants_for
 from cloud_coordinator.models.static_int8 import KINDS
 from shared.compression_plan import CompressionPlan
-from shared.errors import UnavailableError
+from shared.errors import UnavailableError, UnfitModelError
 from shared.parameters import load_parameters, save_vectors
 from shared.run_plan import RunPlan
 from shared.statistics.probes import contract_of_probe, extremes_of, rows_of_probe
@@ -248,3 +248,23 @@ def test_answers_about_another_model_cost_static_int8_only(tmp_path: Path) -> No
         if report.variant in {kind.name for kind in KINDS}:
             assert "the devices were not asked about" in report.cause
     assert result.ship in {"fp32", "fp16", "int8-weights", "int8-dynamic"}
+
+
+def test_a_graph_that_cannot_be_probed_is_no_fault_of_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(_: onnx.ModelProto) -> list[str]:
+        raise KeyError("no such operator")
+
+    monkeypatch.setattr(probing, "float_tensors", stumble)
+    order = order_in(tmp_path)
+    with pytest.raises(UnfitModelError, match="its ranges cannot be found: KeyError"):
+        pipeline.probe(
+            MakeProbe(
+                task=order.task,
+                parameters_path=order.parameters_path,
+                folder=order.folder,
+                seed=order.seed,
+            ),
+            say=lambda _: None,
+        )

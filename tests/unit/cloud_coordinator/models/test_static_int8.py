@@ -1,10 +1,14 @@
 """Static int8 from given ranges, and what happens where it is not good enough."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from onnxruntime.quantization.quantize import quantize_static
 
+from cloud_coordinator.models import static_int8
 from cloud_coordinator.models.export import without_traces
 from cloud_coordinator.models.parity import Outputs, compare, open_session, run
 from cloud_coordinator.models.static_int8 import (
@@ -155,3 +159,24 @@ def test_what_never_gets_good_enough_says_how_far_it_was_off() -> None:
         first_fit(MODEL, {"seen": RANGES}, VNNI, lambda model: trial(model, 1e-9))
     with pytest.raises(UnfitModelError, match="not good enough: it crashed"):
         first_fit(MODEL, {"seen": RANGES}, VNNI, lambda _: Trial("it crashed", float("inf")))
+
+
+def test_an_operator_that_stays_in_float_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(*args: Any, **options: Any) -> None:
+        quantize_static(*args, **{**options, "nodes_to_exclude": ["conv2"]})
+
+    monkeypatch.setattr(static_int8, "quantize_static", forgetful)
+    for kind in KINDS:
+        with pytest.raises(UnfitModelError, match=r"operator Conv \(node 'conv2'\) cannot be"):
+            to_static_int8(MODEL, RANGES, kind)
+
+
+def test_what_the_quantiser_stumbles_over_is_said_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stumble(*_: Any, **__: Any) -> None:
+        raise KeyError("y_scale")
+
+    monkeypatch.setattr(static_int8, "quantize_static", stumble)
+    with pytest.raises(UnfitModelError, match="cannot quantise this graph: KeyError: 'y_scale'"):
+        to_static_int8(MODEL, RANGES, VNNI)
