@@ -40,6 +40,8 @@ DOORS = {
     "aiomqtt": ("shared/mqtt.py",),
     "sqlalchemy": ("cloud_coordinator/",),
     "fastapi": ("cloud_coordinator/",),
+    "tuf": ("cloud_coordinator/trust/",),
+    "securesystemslib": ("cloud_coordinator/trust/",),
 }
 
 

@@ -23,6 +23,7 @@ from cloud_coordinator.runs.api import router as runs
 from cloud_coordinator.runs.lifecycle import RunState
 from cloud_coordinator.runs.recruitment import InvitationState
 from cloud_coordinator.settings import Settings
+from cloud_coordinator.trust.api import router as trust
 from edge_agent.settings import AgentSettings
 from shared.messages import DOWN, UP, Body, DeploymentState
 from shared.privacy_plan import AggregationPlan, PrivacyPlan
@@ -82,7 +83,7 @@ def test_every_statistic_is_documented_with_all_its_keys() -> None:
         assert all(f"`{key}`" in section for key in shared)
 
 
-@pytest.mark.parametrize("router", [devices, health, membership, models, rollouts, runs])
+@pytest.mark.parametrize("router", [devices, health, membership, models, rollouts, runs, trust])
 def test_every_route_is_documented(router: APIRouter) -> None:
     routes = [route for route in router.routes if isinstance(route, APIRoute)]
     assert routes

@@ -14,6 +14,7 @@ from cloud_coordinator.app import Parts
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database
 from cloud_coordinator.keys import Keys
+from cloud_coordinator.models.listing import Listing
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from cloud_coordinator.serve import run_service
@@ -106,8 +107,10 @@ class FakeModels(ModelService):
         return version
 
 
-def fake_models(database: Database, blobs: BlobStore, keys: Keys, home: Path) -> FakeModels:
-    return FakeModels(database, blobs, keys.model, home)
+def fake_models(
+    database: Database, blobs: BlobStore, keys: Keys, listing: Listing, home: Path
+) -> FakeModels:
+    return FakeModels(database, blobs, keys.model, listing, home)
 
 
 def fake_parts(requests: Path) -> Parts:
