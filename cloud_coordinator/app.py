@@ -317,6 +317,7 @@ class Coordinator:
             mqtt_url=self.broker_plan.url,
             mqtt_ca_pem=self.broker_plan.ca_pem,
             superlink_ca_pem=self.superlink.current().ca_pem,
+            root_metadata=self.trust.newest_root(),
         )
         content = msgspec.json.encode(reply)
         return seal(content, payload_type=REPLY_PAYLOAD_TYPE, key=self.keys.command)

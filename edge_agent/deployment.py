@@ -14,14 +14,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edge_agent.download import Downloader
 from edge_agent.inference.messages import SelfTestResult
 from edge_agent.inference.supervisor import InferenceServer
 from edge_agent.inference.trial import run_self_test
 from edge_agent.slots import Slots, verified_manifest
+from edge_agent.trusted_models import TrustedModels
 from shared.errors import (
     IllegalTransitionError,
     ShoalError,
+    StaleMetadataError,
     UnavailableError,
     UnfitModelError,
     UntrustedModelError,
@@ -80,7 +81,7 @@ class Deployment:
         home: Path,
         trusted: Mapping[str, VerifyingKey],
         server: InferenceServer,
-        fetch: Downloader,
+        fetch: TrustedModels,
         report: Report,
         *,
         self_test: SelfTest = run_self_test,
@@ -91,7 +92,7 @@ class Deployment:
             home: the agent's state folder.
             trusted: keys that may sign manifests, by key id.
             server: running, or about to.
-            fetch: the way to the coordinator.
+            fetch: the way to what the coordinator released.
             report: told each new state, with the cause and kind of a failure (else empty); it
                 reads what is served from ``server``.
             self_test: tries a staged slot where it can do no harm.
@@ -141,7 +142,7 @@ class Deployment:
         May be called again at any time, and cancelled. On failure what was served is still served.
 
         Raises:
-            UntrustedModelError: signature, digest or size is wrong.
+            UntrustedModelError: it is not released, or signature, digest or size is wrong.
             UnfitModelError: the model does not work on this device.
             UnavailableError: network, disk or inference server; trying later may help.
             NotFoundError: the coordinator does not have the version.
@@ -250,6 +251,8 @@ def failure_of(error: ShoalError) -> Failure:
             return "unfit"
         case UntrustedModelError():
             return "untrusted"
+        case StaleMetadataError():
+            return "stale"
         case UnavailableError():
             return "unavailable"
     return "missing"

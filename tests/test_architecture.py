@@ -40,7 +40,7 @@ DOORS = {
     "aiomqtt": ("shared/mqtt.py",),
     "sqlalchemy": ("cloud_coordinator/",),
     "fastapi": ("cloud_coordinator/",),
-    "tuf": ("cloud_coordinator/trust/",),
+    "tuf": ("cloud_coordinator/trust/", "edge_agent/fetcher.py", "edge_agent/trusted_models.py"),
     "securesystemslib": ("cloud_coordinator/trust/",),
 }
 
