@@ -185,7 +185,9 @@ class Coordinator:
         """
         if self.keys.fleet.place == "beside":
             logger.info("%s: %s", self.settings.home / FLEET_KEY_FILE, FLEET_KEY_BESIDE)
-        logger.info("%s: %s", self.settings.home / TRUST_FOLDER / ROOT_KEY_FILE, ROOT_KEY_BESIDE)
+        if self.trust.root_key_is_here:
+            where = self.settings.home / TRUST_FOLDER / ROOT_KEY_FILE
+            logger.info("%s: %s", where, ROOT_KEY_BESIDE)
         await asyncio.to_thread(self.blobs.remove_temporaries)
         await asyncio.to_thread(self._release_served)
         await self.devices.forget_presence()

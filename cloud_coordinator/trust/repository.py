@@ -97,6 +97,11 @@ class TrustRepository:
                     changed = True
             self._seal(session, changed=changed)
 
+    @property
+    def root_key_is_here(self) -> bool:
+        """Whether whoever owns this coordinator can sign another root."""
+        return self._keys.root_is_here
+
     def newest_root(self) -> bytes:
         """Return the root that devices pin when they enrol."""
         with self._database.transaction() as session:
@@ -173,20 +178,39 @@ class TrustRepository:
             role=role,
             version=row.version,
             expires_at=row.expires_at,
-            key_id=self._keys.by_role[role].public.key_id,
+            key_id=min(signed_by(row.content)),
             files=len(_files(session, role)),
         )
 
     def _renew_root(self, session: Session, row: TufMetadataRow | None) -> None:
-        named = None if row is None else keys_of_root(row.content)
-        wanted = _ids(self._keys.top)
-        if named and named["root"] != wanted["root"]:
+        named = {} if row is None else keys_of_root(row.content)
+        here = _ids(self._keys.top)
+        if not self._keys.root_is_here:
+            self._do_without_root_key(row, named, here)
+        elif row is not None and named["root"] != here["root"]:
             raise ConfigError(
                 f"{ROOT_KEY_FILE} in the folder 'trust' is not the root key that devices pinned "
                 f"({named['root'][0][:12]}); put the backup copy back"
             )
-        if self._is_due("root", row) or named != wanted:
+        elif self._is_due("root", row) or named != here:
             self._issue(session, "root", self._root)
+
+    def _do_without_root_key(
+        self, row: TufMetadataRow | None, named: Mapping[str, object], here: Mapping[str, object]
+    ) -> None:
+        """Raise ConfigError where devices would refuse what is signed under the root in force."""
+        other = [role for role, key in here.items() if named.get(role) != key]
+        if row is None or other:
+            raise ConfigError(
+                f"{ROOT_KEY_FILE} is not in the folder 'trust', and a new root has to name "
+                f"{' and '.join(other) or 'all roles'}; put it there for one start"
+            )
+        if row.expires_at - self._clock() < self._lifetimes["root"] / 2:
+            logger.warning(
+                "the TUF root expires on %s; put %s into the folder 'trust' for one start before",
+                f"{row.expires_at:%Y-%m-%d}",
+                ROOT_KEY_FILE,
+            )
 
     def _renew_targets(self, session: Session, row: TufMetadataRow | None) -> bool:
         named = None if row is None else keys_of_targets(row.content)

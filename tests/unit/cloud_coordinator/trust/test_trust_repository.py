@@ -15,6 +15,7 @@ from cloud_coordinator.trust.metadata import ListedFile
 from cloud_coordinator.trust.repository import TrustRepository
 from shared.errors import ConfigError, NotFoundError
 from shared.release_names import Role, artifact_target
+from shared.signing import SigningKey
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -193,8 +194,45 @@ def test_a_key_whose_file_is_gone_is_replaced_and_clients_follow(site: Site, rol
     assert client.finds("released", "2" * 64)
 
 
+def test_a_root_key_that_is_kept_elsewhere_is_asked_for_where_it_is_needed(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, key = Client(site), site.folder / "trust" / "root.pem"
+    elsewhere = key.rename(site.folder / "root.pem")
+    site.start()
+    site.list("released")
+    assert client.finds("released")
+    assert not key.exists()
+    assert not site.trust.root_key_is_here
+
+    (key.parent / "timestamp.pem").unlink()
+    with pytest.raises(ConfigError, match=r"has to name timestamp; put it there for one start"):
+        site.start()
+    assert client.finds("released")  # the old key's metadata are still in force
+    elsewhere.rename(key)
+    site.start()
+    key.rename(elsewhere)
+    site.start()
+    site.list("released", "2" * 64, "2" * 64)
+    assert client.finds("released", "2" * 64)
+
+    assert not caplog.records
+    site.now += 400 * DAY
+    site.trust.renew()
+    assert "root.pem into the folder 'trust' for one start" in caplog.text
+    assert site.trust.status()[0].version == 2
+
+
+def test_without_a_root_key_no_first_root_is_signed(tmp_path: Path) -> None:
+    (tmp_path / "trust").mkdir()
+    SigningKey.load_or_create(tmp_path / "trust" / "released.pem")
+    with pytest.raises(ConfigError, match="put it there for one start"):
+        Site(tmp_path)
+
+
 def test_another_root_key_is_refused_in_a_sentence(site: Site) -> None:
     (site.folder / "trust" / "root.pem").unlink()
+    SigningKey.load_or_create(site.folder / "trust" / "root.pem")
     with pytest.raises(ConfigError, match="not the root key that devices pinned"):
         site.start()
 
