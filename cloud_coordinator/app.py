@@ -40,6 +40,7 @@ from cloud_coordinator.flower.superlink import SuperLink
 from cloud_coordinator.keys import FLEET_KEY_BESIDE, FLEET_KEY_FILE, Keys, load_keys
 from cloud_coordinator.models import api as models_api
 from cloud_coordinator.models.catalogue import Catalogue
+from cloud_coordinator.models.listing import Listing
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.rollouts import api as rollouts_api
 from cloud_coordinator.rollouts.service import RolloutService
@@ -50,6 +51,9 @@ from cloud_coordinator.runs.service import RUN_WORDS, RunService
 from cloud_coordinator.runs.session import SessionParts, SessionSettings, SuperLinkHandle
 from cloud_coordinator.settings import Settings
 from cloud_coordinator.supervisor import Supervisor
+from cloud_coordinator.trust import api as trust_api
+from cloud_coordinator.trust.keys import ROOT_KEY_BESIDE, ROOT_KEY_FILE, load_trust_keys
+from cloud_coordinator.trust.repository import TrustRepository
 from shared.child import Child
 from shared.enrolment import REPLY_PAYLOAD_TYPE, EnrolmentReply
 from shared.errors import (
@@ -71,6 +75,7 @@ from shared.signing import seal
 
 logger = logging.getLogger(__name__)
 
+TRUST_FOLDER = "trust"
 WORKER = (sys.executable, "-m", "cloud_coordinator.rounds.run_worker")
 _RESTART_WINDOW_S = 5.0  # over which agents spread their return after a goodbye
 _HOUSEKEEPING_EVERY_S = 300.0
@@ -87,11 +92,13 @@ _STATUSES: dict[type[ShoalError], int] = {
     UnavailableError: 503,
 }
 
-Models = Callable[[Database, BlobStore, Keys, Path], ModelService]
+Models = Callable[[Database, BlobStore, Keys, Listing, Path], ModelService]
 
 
-def _real_models(database: Database, blobs: BlobStore, keys: Keys, home: Path) -> ModelService:
-    return ModelService(database, blobs, keys.model, home)
+def _real_models(
+    database: Database, blobs: BlobStore, keys: Keys, listing: Listing, home: Path
+) -> ModelService:
+    return ModelService(database, blobs, keys.model, listing, home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,11 @@ class Coordinator:
         self.keys = load_keys(home, fleet_key=settings.fleet_key)
         self.database = Database(settings.database_url)
         self.database.migrate()
+        self.trust = TrustRepository(
+            self.database, load_trust_keys(home / TRUST_FOLDER), clock=utc_now
+        )
+        self.trust.renew()
+        self.listing = Listing(self.database, self.trust)
         self.blobs = BlobStore(home / "blobs")
         self.broker_plan = settings.broker_plan
         self.broker: Supervisor[Child] = Supervisor(
@@ -138,7 +150,7 @@ class Coordinator:
         self.membership = Membership(
             self.database, fleet=settings.fleet, key=self.keys.fleet, clock=utc_now
         )
-        self.models = parts.models(self.database, self.blobs, self.keys, home)
+        self.models = parts.models(self.database, self.blobs, self.keys, self.listing, home)
         self.link = ControlLink(
             self.broker_plan.url,
             fleet=settings.fleet,
@@ -178,7 +190,11 @@ class Coordinator:
         """
         if self.keys.fleet.place == "beside":
             logger.info("%s: %s", self.settings.home / FLEET_KEY_FILE, FLEET_KEY_BESIDE)
+        if self.trust.root_key_is_here:
+            where = self.settings.home / TRUST_FOLDER / ROOT_KEY_FILE
+            logger.info("%s: %s", where, ROOT_KEY_BESIDE)
         await asyncio.to_thread(self.blobs.remove_temporaries)
+        await asyncio.to_thread(self._release_served)
         await self.devices.forget_presence()
         try:
             async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as jobs:
@@ -201,7 +217,7 @@ class Coordinator:
         state = app.state
         state.clock, state.admin_token = utc_now, self.keys.admin_token
         state.devices, state.enrolment = self.devices, self.enrolment
-        state.membership = self.membership
+        state.membership, state.trust = self.membership, self.trust
         state.runs, state.rollouts, state.models = self.runs, self.rollouts, self.models
         state.compressions = self.compressions
         state.catalogue = Catalogue(self.database)
@@ -215,6 +231,7 @@ class Coordinator:
             compression_api,
             rollouts_api,
             models_api,
+            trust_api,
         ):
             app.include_router(api.router)
         app.add_exception_handler(ShoalError, _as_response)
@@ -280,6 +297,7 @@ class Coordinator:
         while True:
             await self.devices.forget_handled()
             await asyncio.to_thread(self._tidy_up, _NAMED_WITHIN)
+            await asyncio.to_thread(self.trust.renew)
             await asyncio.sleep(_HOUSEKEEPING_EVERY_S)
 
     def _tidy_up(self, spare: timedelta = timedelta()) -> None:
@@ -290,10 +308,14 @@ class Coordinator:
         began = utc_now() - spare
         protect = self.rollouts.versions_in_use()
         active = {row.run_id for row in self.records.active()}
+        self.listing.withdraw_all_but(protect=protect, active=active)
         keep = self.records.blobs_in_use() | self.steps.blobs_in_use()
         keep |= self.models.blobs_to_keep(protect=protect, active=active)
         if removed := self.blobs.collect(keep, before=began):
             logger.info("removed %d blobs that nothing needs any more", removed)
+
+    def _release_served(self) -> None:
+        self.listing.release_served(protect=self.rollouts.versions_in_use())
 
     def _seal_reply(self, device_id: str) -> bytes:
         """Return what a device that joined must know, sealed by the command key."""
@@ -307,6 +329,7 @@ class Coordinator:
             mqtt_url=self.broker_plan.url,
             mqtt_ca_pem=self.broker_plan.ca_pem,
             superlink_ca_pem=self.superlink.current().ca_pem,
+            root_metadata=self.trust.newest_root(),
         )
         content = msgspec.json.encode(reply)
         return seal(content, payload_type=REPLY_PAYLOAD_TYPE, key=self.keys.command)

@@ -16,6 +16,7 @@ from cloud_coordinator.commands.output import print_json
 from cloud_coordinator.commands.rollouts import rollouts
 from cloud_coordinator.commands.runs import runs
 from cloud_coordinator.commands.statistics import statistics
+from cloud_coordinator.commands.trust import trust
 from cloud_coordinator.settings import load_settings
 from shared.files import make_folder
 from shared.listening import require_loopback
@@ -37,6 +38,7 @@ app.add_typer(statistics, name="stats")
 app.add_typer(models, name="model")
 app.add_typer(compressions, name="compression")
 app.add_typer(rollouts, name="rollout")
+app.add_typer(trust, name="trust")
 app.add_typer(brokers, name="broker")
 
 

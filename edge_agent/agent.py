@@ -8,16 +8,16 @@ import os
 import random
 import signal
 import uuid
+from functools import partial
 
-import httpx
 import msgspec
 
 from edge_agent.choice import Choices, read_profile
 from edge_agent.control_link import ControlLink
 from edge_agent.data_registry import DataRegistry
 from edge_agent.deployment import Deployment
-from edge_agent.download import Downloader
 from edge_agent.enrolment import Enrolment
+from edge_agent.fetcher import CoordinatorFetcher
 from edge_agent.inbox import Inbox
 from edge_agent.inference.supervisor import InferenceServer
 from edge_agent.outbox import Outbox
@@ -34,6 +34,7 @@ from edge_agent.telemetry import (
     read_cpu_times,
     read_memory,
 )
+from edge_agent.trusted_models import TrustedModels
 from shared.errors import DataError, ShoalError, UnavailableError
 from shared.messages import (
     OLDEST_PROTOCOL_VERSION,
@@ -72,7 +73,6 @@ class Agent:
         enrolment: Enrolment,
         state: AgentState,
         *,
-        http: httpx.AsyncClient,
         rng: random.Random,
     ) -> None:
         """Wire the parts; nothing runs before `run`.
@@ -81,7 +81,6 @@ class Agent:
             settings: of this life.
             enrolment: who we are and whom we trust.
             state: the open database of the agent's home.
-            http: its base URL is the coordinator's API.
             rng: draws all jitter.
 
         Raises:
@@ -126,7 +125,18 @@ class Agent:
             settings.home,
             enrolment.model_keys,
             self._server,
-            Downloader(settings.home, http, device=enrolment.device_id, key=enrolment.key, rng=rng),
+            TrustedModels(
+                settings.home,
+                enrolment.api_url,
+                enrolment.root,
+                partial(
+                    CoordinatorFetcher,
+                    enrolment.api_url,
+                    device=enrolment.device_id,
+                    key=enrolment.key,
+                    rng=rng,
+                ),
+            ),
             self._note_deployment,
             choices=Choices(settings.home, read_profile(largest_bytes=settings.model_slot_bytes)),
         )
@@ -323,5 +333,4 @@ async def run_agent(settings: AgentSettings, enrolment: Enrolment, state: AgentS
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     rng = random.Random()  # noqa: S311 - jitter, not a secret
-    async with httpx.AsyncClient(base_url=enrolment.api_url, trust_env=False) as http:
-        await Agent(settings, enrolment, state, http=http, rng=rng).run(stop)
+    await Agent(settings, enrolment, state, rng=rng).run(stop)

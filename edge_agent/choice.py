@@ -116,10 +116,11 @@ class Choices:
         self._path = home / "models" / _CHOICES
 
     def of(self, version: str, manifest: Manifest) -> Artifact | None:
-        """Return the file that was chosen for ``version`` on a device that was just like this."""
+        """Return what was chosen for ``version`` on a device just like this, if it still fits."""
         for choice in self._read():
             if (choice.version, choice.profile) == (version, self.profile.name):
-                return manifest.artifact(choice.artifact)
+                known = manifest.artifact(choice.artifact)
+                return None if known is None or _misfit(known, self.profile) else known
         return None
 
     def remember(self, version: str, artifact: Artifact) -> None:

@@ -36,6 +36,7 @@ Home = Annotated[Path, typer.Option(help="The agent's state folder.", envvar="SH
 @app.command()
 def enroll(
     home: Home,
+    *,
     coordinator: Annotated[str, typer.Option(help="The coordinator's API, http://host:port.")],
     token: Annotated[
         str,
@@ -52,9 +53,16 @@ def enroll(
             "coordinator (default: believe the coordinator)."
         ),
     ] = None,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            help="Fingerprint that the TUF root must have, as 'shoal trust status' prints it "
+            "(default: believe the coordinator)."
+        ),
+    ] = None,
 ) -> None:
     """Join a coordinator: make this device's keys, prove them, pin the coordinator's."""
-    enrolment = join(home, coordinator, token, name, fleet_key_id=fleet_key)
+    enrolment = join(home, coordinator, token, name, fleet_key_id=fleet_key, root_fingerprint=root)
     typer.echo(
         f"enrolled as {enrolment.device_id}; name its data with 'shoal-agent data add --home "
         f"{home} …', then start it with 'shoal-agent run --home {home}'"

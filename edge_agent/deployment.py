@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_agent.choice import Choices, fastest, worth_trying
-from edge_agent.download import Downloader
 from edge_agent.inference.messages import SelfTestResult
 from edge_agent.inference.supervisor import InferenceServer
 from edge_agent.inference.trial import Verdict, run_self_test
 from edge_agent.slot_files import MANIFEST, MODEL
 from edge_agent.slots import Slots, verified_manifest
+from edge_agent.trusted_models import TrustedModels
 from shared.errors import (
     IllegalTransitionError,
     ShoalError,
+    StaleMetadataError,
     UnavailableError,
     UnfitModelError,
     UntrustedModelError,
 )
 from shared.files import explained_disk_errors, sha256_of, write_atomic
-from shared.manifest import Artifact
+from shared.manifest import Artifact, Manifest
 from shared.messages import DeploymentState, Failure
 from shared.signed_manifest import SignedManifest, open_manifest
 from shared.signing import VerifyingKey
@@ -85,7 +86,7 @@ class Deployment:
         home: Path,
         trusted: Mapping[str, VerifyingKey],
         server: InferenceServer,
-        fetch: Downloader,
+        fetch: TrustedModels,
         report: Report,
         *,
         choices: Choices,
@@ -97,7 +98,7 @@ class Deployment:
             home: the agent's state folder.
             trusted: keys that may sign manifests, by key id.
             server: running, or about to.
-            fetch: the way to the coordinator.
+            fetch: the way to what the coordinator released.
             report: told each new state, with the cause and kind of a failure (else empty); it
                 reads what is served from ``server``.
             choices: that this device made among a version's files.
@@ -149,7 +150,7 @@ class Deployment:
         May be called again at any time, and cancelled. On failure what was served is still served.
 
         Raises:
-            UntrustedModelError: signature, digest or size is wrong.
+            UntrustedModelError: it is not released, or signature, digest or size is wrong.
             UnfitModelError: the model does not work on this device.
             UnavailableError: network, disk or inference server; trying later may help.
             NotFoundError: the coordinator does not have the version.
@@ -190,6 +191,7 @@ class Deployment:
         sealed = await self._fetch.manifest(version)
         signed = open_manifest(sealed, trusted=self._trusted, version=version)
         with explained_disk_errors(self._trying):
+            await asyncio.to_thread(self._clear_trying, signed.manifest)
             model = await self._choose(signed, sealed)
             slot = await _finish(asyncio.to_thread(self.slots.stage, sealed, model))
             await asyncio.to_thread(shutil.rmtree, self._trying, ignore_errors=True)
@@ -199,7 +201,7 @@ class Deployment:
         """Return the file of a version that suits this device best, downloaded."""
         if (known := self._choices.of(signed.version, signed.manifest)) is not None:
             return await self._fetch.artifact(known)
-        causes: list[str] = []
+        refused: list[str] = []
         groups = worth_trying(signed.manifest, self._choices.profile)
         for number, group in enumerate(groups, start=1):
             places = [await self._place(artifact, sealed) for artifact in group]
@@ -208,15 +210,23 @@ class Deployment:
             verdicts = await self._self_test(places)
             named = {a.sha256: v for a, v in zip(group, verdicts, strict=True)}
             passed = {name: v for name, v in named.items() if isinstance(v, SelfTestResult)}
-            causes += [f"{a.variant}: {named[a.sha256]}" for a in group if a.sha256 not in passed]
+            causes = [f"{a.variant}: {named[a.sha256]}" for a in group if a.sha256 not in passed]
             for cause in causes:
                 logger.warning("a file of version %s is not served: %s", signed.version[:12], cause)
+            refused += causes
             if passed:
                 best = fastest(passed, group)
                 self._choices.remember(signed.version, best)
                 logger.info("%s is the fastest of %d files here", best.variant, len(group))
                 return self._trying / best.sha256 / MODEL
-        raise UnfitModelError("; ".join(causes))
+        raise UnfitModelError("; ".join(refused))
+
+    def _clear_trying(self, manifest: Manifest) -> None:
+        """Remove what another version left when it was abandoned."""
+        if self._trying.exists():
+            for folder in self._trying.iterdir():
+                if manifest.artifact(folder.name) is None:
+                    shutil.rmtree(folder)
 
     async def _place(self, artifact: Artifact, sealed: bytes) -> Path:
         """Download a file to where it can be tried, unless it is there; return its folder."""
@@ -298,6 +308,8 @@ def failure_of(error: ShoalError) -> Failure:
             return "unfit"
         case UntrustedModelError():
             return "untrusted"
+        case StaleMetadataError():
+            return "stale"
         case UnavailableError():
             return "unavailable"
     return "missing"

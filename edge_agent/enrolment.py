@@ -5,6 +5,7 @@ the reply is believed only under that key, is kept sealed, and is checked again 
 nobody who stands between, or who edits the file later, can slip in another key or address.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Enrolment:
     model_keys: Mapping[str, VerifyingKey]  # by key id: what may sign manifests
     # By key id: what may sign the membership list. Empty: no secure sum has this device.
     fleet_keys: Mapping[str, VerifyingKey] = field(default_factory=dict)
+    root: bytes = b""  # TUF metadata: what says which models are released. Empty: none is fetched
     mqtt_ca_pem: str = ""  # of a broker at mqtts://; empty: a CA that the system knows
 
 
@@ -67,6 +69,7 @@ def enroll(
     device_id: str | None,
     *,
     fleet_key_id: str | None = None,
+    root_fingerprint: str | None = None,
 ) -> Enrolment:
     """Join the coordinator that made ``token``, and keep the proof under ``home``.
 
@@ -79,11 +82,12 @@ def enroll(
         device_id: the name wished for; None lets the coordinator choose.
         fleet_key_id: hex SHA-256 of the fleet key, learned from somebody else than the coordinator;
             None believes the coordinator this once.
+        root_fingerprint: hex SHA-256 of the TUF root, learned likewise.
 
     Raises:
         ConfigError: enrolled already, not a token, a damaged key file, or the coordinator refused.
         PeerError: the answer does not come from the coordinator that made the token, or it names
-            another fleet key; nothing is kept then.
+            another fleet key or root; nothing is kept then.
         UnavailableError: no coordinator answers there.
     """
     if is_enrolled(home):
@@ -97,6 +101,11 @@ def enroll(
             f"{fleet_key_id!r} is no fleet key's fingerprint; copy the 64 characters that "
             "'shoal membership show' prints"
         )
+    if root_fingerprint is not None and not _KEY_ID.match(root_fingerprint):
+        raise ConfigError(
+            f"{root_fingerprint!r} is no root's fingerprint; copy the 64 characters that "
+            "'shoal trust status' prints"
+        )
     make_folder(home)
     try:
         identity = SigningKey.load_or_create(home / "identity.pem")
@@ -109,6 +118,7 @@ def enroll(
     sealed = _ask(coordinator_url, request)
     reply = open_reply(sealed, parsed.coordinator_key_id)
     _check_fleet_key(reply, fleet_key_id)
+    _check_root(reply, root_fingerprint)
     write_private(home / _PIN_FILE, parsed.coordinator_key_id.encode())
     write_atomic(home / _REPLY_FILE, sealed)
     return load_enrolment(home)
@@ -155,6 +165,7 @@ def load_enrolment(home: Path) -> Enrolment:
         command_keys={command_key.key_id: command_key},
         model_keys={model_key.key_id: model_key},
         fleet_keys=fleet_keys,
+        root=reply.root_metadata,
     )
 
 
@@ -200,6 +211,16 @@ def _check_fleet_key(reply: EnrolmentReply, wanted: str | None) -> None:
         raise PeerError(
             f"the coordinator names the fleet key {next(iter(named), 'none')[:12]}, not "
             f"{wanted[:12]}; ask whoever gave you --fleet-key before you enrol this device"
+        )
+
+
+def _check_root(reply: EnrolmentReply, wanted: str | None) -> None:
+    """Raise PeerError unless the reply holds the root that was ``wanted``, if one was."""
+    named = hashlib.sha256(reply.root_metadata).hexdigest()
+    if wanted is not None and wanted != named:
+        raise PeerError(
+            f"the coordinator's TUF root is {named[:12]}, not {wanted[:12]}; ask whoever gave you "
+            "--root before you enrol this device"
         )
 
 

@@ -77,6 +77,7 @@ class EnrolmentReply(msgspec.Struct, frozen=True, kw_only=True):
     mqtt_ca_pem: str = ""  # of such a broker; empty: a CA that the system knows
     superlink_ca_pem: str
     fleet_key: str = ""  # base64; signs the membership list. Empty: a coordinator without one
+    root_metadata: bytes = b""  # the TUF root to pin. Empty: a coordinator without one
 
 
 def binding(*, token_id: str, identity_key: str, node_key_pem: str) -> bytes:

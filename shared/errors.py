@@ -4,6 +4,7 @@ ShoalError
 ├── ConfigError             a person wrote something we cannot use: name the key and what to write
 ├── DataError               a data source breaks its task's contract: refuse it with the reasons
 ├── UnavailableError        something needed is away now (port, broker, disk space): say what to do
+│   └── StaleMetadataError  what is known of released models expired, or our clock is wrong
 ├── PeerError               the other side broke the protocol: log, drop, carry on
 ├── PolicyError             this device's owner does not allow it: refuse with the reason
 ├── StoppedError            we were asked to end: tidy up and go
@@ -33,6 +34,10 @@ class DataError(ShoalError):
 
 class UnavailableError(ShoalError):
     """Something that is needed is not there now."""
+
+
+class StaleMetadataError(UnavailableError):
+    """What says which models are released has expired, by this device's clock."""
 
 
 class PeerError(ShoalError):

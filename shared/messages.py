@@ -104,8 +104,8 @@ class DeploymentState(StrEnum):
     FAILED = "failed"
 
 
-# What kind of failure ended a deployment: the device may get over the first by itself.
-Failure = Literal["", "unavailable", "missing", "untrusted", "unfit"]
+# What kind of failure ended a deployment: the device may get over the first two by itself.
+Failure = Literal["", "unavailable", "stale", "missing", "untrusted", "unfit"]
 
 
 class Reported(Body, frozen=True, tag="reported"):

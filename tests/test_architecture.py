@@ -40,7 +40,13 @@ DOORS = {
     "grpc": ("edge_agent/inference/grpc_server.py",),
     "aiomqtt": ("shared/mqtt.py",),
     "sqlalchemy": ("cloud_coordinator/",),
-    "fastapi": ("cloud_coordinator/", "simulations/benchmarks/fastapi_serving.py"),
+    "fastapi": (
+        "cloud_coordinator/",
+        "simulations/benchmarks/fastapi_serving.py",
+        "simulations/benchmarks/delivery.py",
+    ),
+    "tuf": ("cloud_coordinator/trust/", "edge_agent/fetcher.py", "edge_agent/trusted_models.py"),
+    "securesystemslib": ("cloud_coordinator/trust/",),
 }
 
 

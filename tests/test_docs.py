@@ -26,6 +26,7 @@ from cloud_coordinator.runs.api import router as runs
 from cloud_coordinator.runs.lifecycle import RunState
 from cloud_coordinator.runs.recruitment import InvitationState
 from cloud_coordinator.settings import Settings
+from cloud_coordinator.trust.api import router as trust
 from edge_agent.settings import AgentSettings
 from shared.compression_plan import CompressionPlan
 from shared.messages import DOWN, UP, Body, DeploymentState
@@ -88,7 +89,7 @@ def test_every_statistic_is_documented_with_all_its_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "router", [compressions, devices, health, membership, models, rollouts, runs]
+    "router", [compressions, devices, health, membership, models, rollouts, runs, trust]
 )
 def test_every_route_is_documented(router: APIRouter) -> None:
     routes = [route for route in router.routes if isinstance(route, APIRoute)]

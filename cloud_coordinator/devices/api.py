@@ -120,7 +120,7 @@ async def enroll(
         raise PeerError(f"not an enrolment request: {error}") from error
     device_id = await asyncio.to_thread(enrolment.enrol, asked)
     seal_reply = cast("SealReply", request.app.state.seal_reply)
-    return Response(seal_reply(device_id), media_type="application/json")
+    return Response(await asyncio.to_thread(seal_reply, device_id), media_type="application/json")
 
 
 @router.post("/tokens", dependencies=[Depends(require_admin)])

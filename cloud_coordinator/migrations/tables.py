@@ -6,6 +6,7 @@ from cloud_coordinator.devices import tables as devices
 from cloud_coordinator.models import tables as models
 from cloud_coordinator.rollouts import tables as rollouts
 from cloud_coordinator.runs import tables as runs
+from cloud_coordinator.trust import tables as trust
 
-MODULES = (compression, devices, models, rollouts, runs)
+MODULES = (compression, devices, models, rollouts, runs, trust)
 METADATA = Base.metadata

@@ -22,6 +22,7 @@ from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database, change_one
 from cloud_coordinator.models.descriptions import manifest_of, variant_rows
 from cloud_coordinator.models.lifecycle import VersionEvent, VersionState, next_state
+from cloud_coordinator.models.listing import KEPT_VERSIONS, Listing, needed, newest_first
 from cloud_coordinator.models.pipeline_child import run_pipeline
 from cloud_coordinator.models.pipeline_messages import (
     BuildFailed,
@@ -50,8 +51,6 @@ from shared.statistics.probes import Probe
 
 logger = logging.getLogger(__name__)
 
-KEPT_VERSIONS = 3  # of each model, beside those that are current or desired
-
 
 class ModelService:
     """The registry of model versions. Its methods block on the database unless they are async."""
@@ -61,6 +60,7 @@ class ModelService:
         database: Database,
         blobs: BlobStore,
         model_key: SigningKey,
+        listing: Listing,
         home: Path,
         *,
         clock: Callable[[], datetime] = utc_now,
@@ -68,6 +68,7 @@ class ModelService:
         self._database = database
         self._blobs = blobs
         self._key = model_key
+        self._listing = listing
         self._folder = home / "models" / "building"
         self._log_path = home / "logs" / "model-pipeline.log"
         self._clock = clock
@@ -157,8 +158,7 @@ class ModelService:
     def versions(self) -> list[ModelVersionRow]:
         """Return all versions, the newest first, with their variants."""
         with self._database.transaction() as session:
-            newest_first = select(ModelVersionRow).order_by(ModelVersionRow.created_at.desc())
-            return list(session.scalars(newest_first))
+            return newest_first(session)
 
     def version(self, version: str) -> ModelVersionRow:
         """Return one version with its variants; raise NotFoundError for an unknown one."""
@@ -194,7 +194,7 @@ class ModelService:
     # What rollouts do to versions, each inside the caller's transaction.
 
     def begin_rollout(self, session: Session, version: str) -> None:
-        """Note that its first devices get a version.
+        """Release a version: its first devices get it.
 
         Raises:
             NotFoundError: there is no such version, or its files were tidied away.
@@ -204,6 +204,7 @@ class ModelService:
         for variant in row.variants:
             if variant.shipped and variant.sha256 is not None:
                 self._blobs.path_of(variant.sha256)
+        self._listing.add(session, "released", row)
         _move(session, row, VersionEvent.ROLLOUT_BEGAN)
 
     def widen_rollout(self, session: Session, version: str) -> None:
@@ -235,16 +236,10 @@ class ModelService:
             protect: versions that some device serves or should serve.
             last: so many of the newest versions of each model are kept besides.
         """
-        kept: dict[str, int] = {}
         blobs: set[str] = set()
-        for row in self.versions():
-            needed = row.state == VersionState.CURRENT or row.run_id in active
-            if row.version is not None and kept.setdefault(row.model, 0) < last:
-                kept[row.model] += 1
-                needed = True
-            if needed or row.version in protect:
-                blobs.add(row.parameters_sha256)
-                blobs.update(v.sha256 for v in row.variants if v.sha256 is not None)
+        for row in needed(self.versions(), protect, active, last):
+            blobs.add(row.parameters_sha256)
+            blobs.update(v.sha256 for v in row.variants if v.sha256 is not None)
         return blobs
 
     async def make_probe(
@@ -326,6 +321,9 @@ class ModelService:
             content = msgspec.json.encode(built)
             _move(session, row, VersionEvent.VARIANTS_BUILT, built=content)
             session.add_all(variant_rows(row.run_id, built.variants, ship=built.ship))
+            session.flush()
+            built_row = session.get_one(ModelVersionRow, row.run_id)
+            self._listing.add(session, "candidates", built_row)
 
     def _sign(self, run_id: str, plan: RunPlan) -> str:
         with self._database.transaction() as session:

@@ -39,6 +39,7 @@ from shared.messages import (
 from shared.mqtt import MqttSession, Outgoing
 from shared.signing import SigningKey, seal
 from shared.tasks.spec import TaskSpec
+from tests.repository_simulator import RepositorySimulator
 
 DEVICE = "edge-1"
 FLEET = "main"
@@ -61,6 +62,7 @@ def make_home(
         mqtt_url=mqtt_url,
         superlink_ca_pem="",
         fleet_key=str(command_key.public),
+        root_metadata=RepositorySimulator().root,
     )
     (home / POLICY_FILE).write_text("individual_updates = true\n")
     (home / "command-key-id").write_text(command_key.public.key_id)

@@ -202,7 +202,7 @@ async def test_what_is_desired_outlives_a_restart_and_a_failure_names_its_cause(
     async with daemon(world.home):
         await world.coordinator.until_heard(Reported, desired_version=3)
         failed = await world.coordinator.until_heard(Reported, deployment=DeploymentState.FAILED)
-        assert "the coordinator has no /v1/models/" in failed.cause
+        assert "the coordinator has no /v1/tuf/" in failed.cause
         assert failed.serving_version is None
 
 

@@ -16,6 +16,7 @@ from cloud_coordinator.app import Parts
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database
 from cloud_coordinator.keys import Keys
+from cloud_coordinator.models.listing import Listing
 from cloud_coordinator.models.pipeline_messages import Calibration
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
@@ -129,8 +130,10 @@ def _version_of(run_id: str) -> str:
     return hashlib.sha256(run_id.encode()).hexdigest()
 
 
-def fake_models(database: Database, blobs: BlobStore, keys: Keys, home: Path) -> FakeModels:
-    return FakeModels(database, blobs, keys.model, home)
+def fake_models(
+    database: Database, blobs: BlobStore, keys: Keys, listing: Listing, home: Path
+) -> FakeModels:
+    return FakeModels(database, blobs, keys.model, listing, home)
 
 
 def fake_parts(requests: Path) -> Parts:

@@ -1,5 +1,6 @@
 """The REST API: who may do what, and how a refusal reads."""
 
+import hashlib
 import re
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timedelta
@@ -40,13 +41,26 @@ ADMIN_ROUTES = [
     ("GET", "/v1/models/x/compare/y"),
     ("GET", "/v1/models/x/notes"),
     ("POST", "/v1/models/x/notes"),
+    ("GET", "/v1/compressions"),
+    ("GET", "/v1/compressions/x"),
+    ("POST", "/v1/compressions/x/stop"),
     ("POST", "/v1/rollouts"),
     ("GET", "/v1/rollouts"),
     ("GET", "/v1/rollouts/x"),
     ("POST", "/v1/rollouts/x/pause"),
     ("POST", "/v1/rollouts/x/resume"),
     ("POST", "/v1/rollouts/x/abort"),
+    ("GET", "/v1/trust"),
 ]
+OTHER_ROUTES = {
+    ("GET", "/v1/health"),
+    ("POST", "/v1/enroll"),
+    # of devices too
+    ("GET", "/v1/membership"),
+    ("GET", "/v1/tuf/{name}"),
+    ("GET", "/v1/models/{version}/manifest"),
+    ("GET", "/v1/artifacts/{sha256}"),
+}
 
 
 @pytest.fixture
@@ -62,9 +76,8 @@ async def test_every_route_but_health_and_enrolment_needs_the_admin_token(tmp_pa
             for path, item in service.coordinator.api().openapi()["paths"].items()
             for method in item
         }
-        assert (
-            len(routes) == len(ADMIN_ROUTES) + 5
-        )  # health, enroll, membership, manifest, artifact
+        assert routes >= OTHER_ROUTES
+        assert len(routes) == len(ADMIN_ROUTES) + len(OTHER_ROUTES)
         for credential in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eDp5"}):
             for method, path in ADMIN_ROUTES:
                 answer = await service.client.request(
@@ -233,3 +246,18 @@ async def test_any_other_request_is_refused(
     answer = await client.post("/whoami?x=%20y", content=b"hi", headers=spoil(registry.key))
     assert answer.status_code == 401
     assert sentence in answer.json()["error"]
+
+
+async def test_the_root_that_a_new_device_gets_is_the_one_that_trust_status_names(
+    service: Live,
+) -> None:
+    device = await service.enrol("a")
+    root = device.reply.root_metadata
+    status = await service.get("/v1/trust")
+    assert status["root_fingerprint"] == hashlib.sha256(root).hexdigest()
+    assert [role["role"] for role in status["roles"]][:2] == ["root", "targets"]
+    answer = await service.client.get("/v1/tuf/1.root.json")
+    assert answer.content == root
+    assert (await service.client.get("/v1/tuf/2.root.json")).status_code == 404
+    nobody = {"Authorization": ""}
+    assert (await service.client.get("/v1/tuf/1.root.json", headers=nobody)).status_code == 401

@@ -408,6 +408,7 @@ async def test_an_offline_list_is_exported_signed_elsewhere_and_imported(
     assert "1 (camera-1), until the list is signed" in await said("membership", "show", *home)
 
     assert "wrote list 1 with 1 devices" in await said("membership", "export", to_sign, *home)
+    assert "timestamp" in await said("trust", "status", *home)
     table = await said(*sign_it)
     assert "camera-1" in table
     assert "Clinic A" in table

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from sqlalchemy import delete, select
 
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database
@@ -21,11 +22,15 @@ from cloud_coordinator.migrations.tables import METADATA
 from cloud_coordinator.models.api import router
 from cloud_coordinator.models.catalogue import Catalogue
 from cloud_coordinator.models.lifecycle import VersionState
+from cloud_coordinator.models.listing import Listing
 from cloud_coordinator.models.pipeline_child import run_pipeline
 from cloud_coordinator.models.pipeline_messages import BuildVersion
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from cloud_coordinator.runs.tables import RunRow
+from cloud_coordinator.trust.keys import load_trust_keys
+from cloud_coordinator.trust.repository import TrustRepository
+from cloud_coordinator.trust.tables import TufTargetRow
 from shared.errors import (
     NotFoundError,
     ShoalError,
@@ -67,6 +72,7 @@ class Registry:
     blobs: BlobStore
     model_key: SigningKey
     service: ModelService
+    listing: Listing
     version: str
     said: tuple[str, ...]  # what the build said of itself
 
@@ -85,12 +91,18 @@ def add_run(database: Database, run_id: str) -> None:
         )
 
 
-def new_service(home: Path, model_key: SigningKey) -> tuple[Database, BlobStore, ModelService]:
+def new_service(
+    home: Path, model_key: SigningKey
+) -> tuple[Database, BlobStore, ModelService, Listing]:
     database = Database(f"sqlite:///{home / 'shoal.db'}")
     with database.connection() as connection:
         METADATA.create_all(connection)
     blobs = BlobStore(home / "blobs")
-    return database, blobs, ModelService(database, blobs, model_key, home, clock=lambda: NOW)
+    trust = TrustRepository(database, load_trust_keys(home / "trust"), clock=lambda: NOW)
+    trust.renew()
+    listing = Listing(database, trust)
+    service = ModelService(database, blobs, model_key, listing, home, clock=lambda: NOW)
+    return database, blobs, service, listing
 
 
 def store_parameters(blobs: BlobStore, *, seed: int = 0, spoil: bool = False) -> str:
@@ -131,11 +143,11 @@ async def build_through_a_crash(
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     home = tmp_path_factory.mktemp("coordinator")
     model_key = SigningKey.generate()
-    database, blobs, service = new_service(home, model_key)
+    database, blobs, service, listing = new_service(home, model_key)
     add_run(database, "run-1")
     parameters = store_parameters(blobs)
     version, said = asyncio.run(build_through_a_crash(service, "run-1", parameters))
-    yield Registry(home, database, blobs, model_key, service, version, tuple(said))
+    yield Registry(home, database, blobs, model_key, service, listing, version, tuple(said))
     database.close()
 
 
@@ -181,7 +193,7 @@ def test_every_artifact_of_the_manifest_is_a_blob_of_its_digest(registry: Regist
 
 async def test_what_was_built_may_be_signed_later_and_keeps_its_files(tmp_path: Path) -> None:
     key = SigningKey.generate()
-    database, blobs, service = new_service(tmp_path, key)
+    database, blobs, service, _ = new_service(tmp_path, key)
     add_run(database, "run-1")
     with pytest.raises(NotFoundError, match="no model version was built of run 'run-1'"):
         await service.sign("run-1", PLAN)
@@ -195,7 +207,7 @@ async def test_what_was_built_may_be_signed_later_and_keeps_its_files(tmp_path: 
     assert not built & service.blobs_to_keep(protect=(), active=())  # its run was stopped
     database.close()
 
-    database, _, service = new_service(tmp_path, key)
+    database, _, service, _ = new_service(tmp_path, key)
     version = await service.sign("run-1", PLAN)
     assert await service.sign("run-1", PLAN) == version
     manifest = open_manifest(
@@ -239,7 +251,7 @@ async def _output_of(program: str) -> str:
 
 
 async def test_parameters_that_diverged_reject_the_version_for_good(tmp_path: Path) -> None:
-    database, blobs, service = new_service(tmp_path, SigningKey.generate())
+    database, blobs, service, _ = new_service(tmp_path, SigningKey.generate())
     add_run(database, "run-1")
     spoiled = store_parameters(blobs, spoil=True)
     for _ in range(2):  # the second time from the record, without a child
@@ -254,7 +266,7 @@ async def test_parameters_that_diverged_reject_the_version_for_good(tmp_path: Pa
 
 
 async def test_parameters_that_changed_on_the_disk_are_not_built(tmp_path: Path) -> None:
-    database, blobs, service = new_service(tmp_path, SigningKey.generate())
+    database, blobs, service, _ = new_service(tmp_path, SigningKey.generate())
     add_run(database, "run-1")
     parameters = store_parameters(blobs)
     with blobs.path_of(parameters).open("ab") as file:
@@ -328,8 +340,8 @@ def add_version(registry: Registry, run_id: str, *, age_days: int, model: str = 
 def shelf(tmp_path: Path) -> Iterator[Registry]:
     """A registry without a version, for versions that are only recorded."""
     key = SigningKey.generate()
-    database, blobs, service = new_service(tmp_path, key)
-    yield Registry(tmp_path, database, blobs, key, service, "", ())
+    database, blobs, service, listing = new_service(tmp_path, key)
+    yield Registry(tmp_path, database, blobs, key, service, listing, "", ())
     database.close()
 
 
@@ -397,6 +409,42 @@ def test_each_model_has_its_own_last_versions(shelf: Registry) -> None:
     assert hashlib.sha256(b"artifact of rare").hexdigest() in kept
     assert hashlib.sha256(b"artifact of run-0").hexdigest() in kept
     assert hashlib.sha256(b"artifact of run-1").hexdigest() not in kept
+
+
+def listed(registry: Registry) -> dict[str, set[str]]:
+    """Under which roles the files of each run's version are listed."""
+    found: dict[str, set[str]] = {}
+    with registry.database.transaction() as session:
+        for row in session.scalars(select(TufTargetRow)):
+            found.setdefault(row.run_id, set()).add(row.path.partition("/")[0])
+    return found
+
+
+def test_what_is_built_is_a_candidate_with_every_file_that_passed(registry: Registry) -> None:
+    row = registry.service.version(registry.version)
+    with registry.database.transaction() as session:
+        paths = {target.path for target in session.scalars(select(TufTargetRow))}
+    assert paths == {f"candidates/{v.sha256}.onnx" for v in row.variants if v.sha256}
+
+
+def test_a_rollout_releases_a_version_until_its_files_are_tidied_away(shelf: Registry) -> None:
+    versions = [add_version(shelf, f"run-{n}", age_days=10 - n) for n in range(6)]
+    for version in versions:
+        make_current(shelf, version)
+    with shelf.database.transaction() as session:
+        paths = {target.path for target in session.scalars(select(TufTargetRow))}
+    assert f"released/{versions[0]}.json" in paths
+    shelf.listing.withdraw_all_but(protect={versions[1]}, active=())
+    assert listed(shelf) == {f"run-{n}": {"released"} for n in (1, 3, 4, 5)}
+
+
+def test_what_was_served_before_there_was_a_list_is_released(shelf: Registry) -> None:
+    old, _ = add_version(shelf, "old", age_days=2), add_version(shelf, "new", age_days=1)
+    make_current(shelf, old)
+    with shelf.database.transaction() as session:
+        session.execute(delete(TufTargetRow))
+    shelf.listing.release_served(protect=())
+    assert listed(shelf) == {"old": {"released"}}
 
 
 # --- over HTTP ------------------------------------------------------------------------------------

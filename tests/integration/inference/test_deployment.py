@@ -5,28 +5,26 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import msgspec
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
 
 from edge_agent.choice import Choices, Profile
 from edge_agent.deployment import Deployment
-from edge_agent.download import Downloader, Patience
+from edge_agent.fetcher import CoordinatorFetcher, Patience
 from edge_agent.inference.messages import SelfTestResult
 from edge_agent.inference.supervisor import InferenceServer
 from edge_agent.inference.trial import Verdict
 from edge_agent.slot_files import MODEL
+from edge_agent.trusted_models import TrustedModels
 from shared.errors import NotFoundError, UnavailableError, UnfitModelError, UntrustedModelError
 from shared.manifest import Artifact, TensorSpec
 from shared.messages import DeploymentState, Failure
+from shared.release_names import Role
 from shared.signed_manifest import sign_manifest
 from shared.signing import SigningKey
 from tests.integration.inference.conftest import RNG, running
@@ -38,38 +36,17 @@ from tests.integration.inference.tiny_models import (
     linear,
     not_finite,
 )
+from tests.repository_simulator import RepositorySimulator
 
 KEY = SigningKey.generate()
 
 
-class Repository:
-    """The coordinator's two routes, in memory; counts what was asked."""
+class Repository(RepositorySimulator):
+    """Releases versions made for tests."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifests: dict[str, bytes] = {}
-        self.asked: list[str] = []
-        folder.mkdir()
-        self.app = Starlette(
-            routes=[
-                Route("/v1/models/{version}/manifest", self._manifest),
-                Route("/v1/artifacts/{sha256}", self._artifact),
-            ]
-        )
-
-    def publish(self, version: Version) -> str:
-        self.manifests[version.digest] = version.signed.sealed
-        (self.folder / version.artifact.sha256).write_bytes(version.content)
-        return version.digest
-
-    async def _manifest(self, request: Request) -> Response:
-        self.asked.append("manifest")
-        sealed = self.manifests.get(request.path_params["version"])
-        return JSONResponse({}, 404) if sealed is None else Response(sealed)
-
-    async def _artifact(self, request: Request) -> Response:
-        self.asked.append("artifact")
-        return FileResponse(self.folder / request.path_params["sha256"])
+    def release(self, version: Version, role: Role = "released") -> str:
+        signed = version.signed
+        return self.publish(version.digest, signed.sealed, version.artifact, version.content, role)
 
 
 PROFILE = Profile(features=frozenset(), accelerator=False, runtime="1", largest_bytes=1_000_000)
@@ -87,12 +64,15 @@ class Device:
     ) -> None:
         self.server = server
         self.told: list[tuple[str, str]] = []
-        transport = httpx.ASGITransport(repository.app)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://coordinator")
-        patience = Patience(attempts=2, first_delay_s=0.001)
-        fetch = Downloader(
-            home, self.client, device="device-1", key=KEY, rng=RNG, patience=patience
+        new_fetcher = partial(
+            CoordinatorFetcher,
+            repository.url,
+            device="device-1",
+            key=KEY,
+            rng=RNG,
+            patience=Patience(attempts=2, first_delay_s=0.001),
         )
+        fetch = TrustedModels(home, repository.url, repository.root, new_fetcher)
         choices = Choices(home, profile or PROFILE)
         self.deployment = Deployment(home, TRUSTED, server, fetch, self._report, choices=choices)
 
@@ -129,14 +109,18 @@ class Scene(NamedTuple):
 @contextlib.asynccontextmanager
 async def device_at(home: Path, repository: Repository) -> AsyncIterator[Device]:
     async with running(InferenceServer(home, "127.0.0.1", 0, rng=RNG)) as server:
-        device = Device(home, repository, server)
-        async with device.client:
-            yield device
+        yield Device(home, repository, server)
 
 
 @pytest.fixture
-async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
-    repository = Repository(tmp_path / "repository")
+def repository() -> Iterator[Repository]:
+    serving = Repository()
+    with serving.serving():
+        yield serving
+
+
+@pytest.fixture
+async def scene(tmp_path: Path, repository: Repository) -> AsyncIterator[Scene]:
     home = tmp_path / "home"
     async with device_at(home, repository) as device:
         yield Scene(device, repository, home)
@@ -147,7 +131,7 @@ ON_THE_WAY = ["downloading", "testing", "activating"]
 
 async def test_a_version_is_fetched_tried_and_served(scene: Scene) -> None:
     version = linear(1)
-    await scene.deployment.converge(scene.repository.publish(version))
+    await scene.deployment.converge(scene.repository.release(version))
     assert scene.device.serves(version)
     assert scene.device.states == [*ON_THE_WAY, "serving"]
     assert scene.device.server.serving.artifact == version.artifact.sha256
@@ -165,7 +149,7 @@ async def test_a_version_is_fetched_tried_and_served(scene: Scene) -> None:
 async def test_going_back_to_the_version_before_needs_no_network(scene: Scene) -> None:
     old, new = linear(1), linear(2)
     for version in (old, new):
-        await scene.deployment.converge(scene.repository.publish(version))
+        await scene.deployment.converge(scene.repository.release(version))
     scene.repository.asked.clear()
     await scene.deployment.converge(old.digest)
     assert scene.device.serves(old)
@@ -184,38 +168,47 @@ async def refused(scene: Scene, version: Version, kind: type[Exception], complai
 
 
 async def test_whatever_is_wrong_with_a_version_the_old_one_goes_on(scene: Scene) -> None:
-    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    await scene.deployment.converge(scene.repository.release(linear(1)))
     new = linear(2)
 
-    await refused(scene, new, NotFoundError, "the coordinator has no")
+    repository, sha256 = scene.repository, new.artifact.sha256
+
+    await refused(scene, new, UntrustedModelError, "is not released")
+    repository.release(new, "candidates")  # command-signed, sealed, listed, and still not released
+    await refused(scene, new, UntrustedModelError, "is not released")
 
     stranger = sign_manifest(new.signed.manifest, SigningKey.generate())
-    scene.repository.manifests[new.digest] = stranger.sealed
+    repository.publish(new.digest, stranger.sealed, new.artifact, new.content)
     await refused(scene, new, UntrustedModelError, "signed by no key that is trusted here")
 
-    scene.repository.manifests[new.digest] = linear(3).signed.sealed
+    repository.publish(new.digest, linear(3).signed.sealed, new.artifact, new.content)
     await refused(scene, new, UntrustedModelError, "asked for version")
 
-    scene.repository.publish(new)
-    file = scene.repository.folder / new.artifact.sha256
-    file.write_bytes(new.content[:-1] + b"?")
-    await refused(scene, new, UntrustedModelError, "the download has digest")
-    file.write_bytes(new.content + b"?")
+    repository.release(new)
+    del repository.manifests[new.digest]
+    await refused(scene, new, NotFoundError, "the coordinator has no")
+    repository.manifests[new.digest] = new.signed.sealed[:-1] + b"?"
+    await refused(scene, new, UntrustedModelError, "is not what is listed")
+
+    repository.release(new)
+    repository.files[sha256] = new.content[:-1] + b"?"
+    await refused(scene, new, UntrustedModelError, "is not what is listed")
+    repository.files[sha256] = new.content + b"?"
     await refused(scene, new, UntrustedModelError, "more than the size")
-    file.write_bytes(new.content[:-1])
+    repository.files[sha256] = new.content[:-1]
     await refused(scene, new, UnavailableError, "cannot download")
 
     wide = linear(4).changed(inputs=(TensorSpec("x", "FP32", (-1, FEATURES + 1)),))
-    scene.repository.publish(wide)
+    scene.repository.release(wide)
     await refused(scene, wide, UnfitModelError, "its manifest promises x")
 
     bad = not_finite()
-    scene.repository.publish(bad)
+    scene.repository.release(bad)
     await refused(scene, bad, UnfitModelError, "holds NaN")
     assert scene.deployment.state is DeploymentState.FAILED
 
     scene.device.told.clear()
-    scene.repository.publish(new)
+    scene.repository.release(new)
     await scene.deployment.converge(new.digest)  # and a good one still comes through
     assert scene.device.serves(new)
 
@@ -223,9 +216,9 @@ async def test_whatever_is_wrong_with_a_version_the_old_one_goes_on(scene: Scene
 async def test_a_model_that_passes_its_test_and_fails_in_the_server_is_refused(
     scene: Scene,
 ) -> None:
-    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    await scene.deployment.converge(scene.repository.release(linear(1)))
     bad = not_finite()
-    scene.repository.publish(bad)
+    scene.repository.release(bad)
 
     async def lenient(slots: Sequence[Path]) -> list[Verdict]:
         passed = SelfTestResult(
@@ -247,8 +240,8 @@ async def test_a_model_that_passes_its_test_and_fails_in_the_server_is_refused(
 async def test_a_full_disk_is_reported_and_changes_nothing(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await scene.deployment.converge(scene.repository.publish(linear(1)))
-    scene.repository.publish(linear(2))
+    await scene.deployment.converge(scene.repository.release(linear(1)))
+    scene.repository.release(linear(2))
     fsync, left = os.fsync, [0]
 
     def fail_later(descriptor: int) -> None:
@@ -268,17 +261,21 @@ async def test_a_full_disk_is_reported_and_changes_nothing(
                 break
             assert scene.device.told[-1][0] == "failed"
             assert "free some" in scene.device.told[-1][1]
-    assert steps > 3  # the download, both files of the slot, and the pointer each failed once
+    assert (
+        steps > 8
+    )  # metadata, the download, both files of the slot, the pointer: each failed once
     assert scene.device.serves(linear(2))
 
 
-async def test_a_restarted_device_serves_what_it_served(tmp_path: Path) -> None:
-    repository, home = Repository(tmp_path / "repository"), tmp_path / "home"
+async def test_a_restarted_device_serves_what_it_served(
+    tmp_path: Path, repository: Repository
+) -> None:
+    home = tmp_path / "home"
     async with device_at(home, repository) as device:
         await device.deployment.restore()
         assert device.told == []  # nothing was ever deployed
         for seed in (1, 2):
-            await device.deployment.converge(repository.publish(linear(seed)))
+            await device.deployment.converge(repository.release(linear(seed)))
     async with device_at(home, repository) as device:
         await device.deployment.restore()
         assert device.serves(linear(2))
@@ -294,12 +291,12 @@ async def test_a_restarted_device_serves_what_it_served(tmp_path: Path) -> None:
 
 
 async def test_a_device_whose_slots_are_both_damaged_reports_it_and_recovers(
-    tmp_path: Path,
+    tmp_path: Path, repository: Repository
 ) -> None:
-    repository, home = Repository(tmp_path / "repository"), tmp_path / "home"
+    home = tmp_path / "home"
     async with device_at(home, repository) as device:
         for seed in (1, 2):
-            await device.deployment.converge(repository.publish(linear(seed)))
+            await device.deployment.converge(repository.release(linear(seed)))
     for name in "ab":
         (home / "models" / name / MODEL).unlink()
     async with device_at(home, repository) as device:
@@ -311,9 +308,9 @@ async def test_a_device_whose_slots_are_both_damaged_reports_it_and_recovers(
 
 
 async def test_a_newer_wish_cancels_the_one_before(scene: Scene) -> None:
-    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    await scene.deployment.converge(scene.repository.release(linear(1)))
     slow = endless()
-    scene.repository.publish(slow)
+    scene.repository.release(slow)
     testing = asyncio.Event()
     report = scene.deployment._report
 
@@ -329,12 +326,12 @@ async def test_a_newer_wish_cancels_the_one_before(scene: Scene) -> None:
     with pytest.raises(asyncio.CancelledError):
         await first
     assert scene.device.serves(linear(1))
-    await scene.deployment.converge(scene.repository.publish(linear(2)))
+    await scene.deployment.converge(scene.repository.release(linear(2)))
     assert scene.device.serves(linear(2))
 
 
 async def test_cancelling_an_activation_leaves_server_and_pointer_agreed(scene: Scene) -> None:
-    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    await scene.deployment.converge(scene.repository.release(linear(1)))
     activate, entered = scene.device.server.activate, asyncio.Event()
 
     async def watched(slot: Path) -> None:
@@ -343,7 +340,7 @@ async def test_cancelling_an_activation_leaves_server_and_pointer_agreed(scene: 
 
     scene.device.server.activate = watched  # type: ignore[method-assign]
     task: asyncio.Task[Any] = asyncio.create_task(
-        scene.deployment.converge(scene.repository.publish(linear(2)))
+        scene.deployment.converge(scene.repository.release(linear(2)))
     )
     await asyncio.wait_for(entered.wait(), 20)
     task.cancel()
@@ -352,10 +349,12 @@ async def test_cancelling_an_activation_leaves_server_and_pointer_agreed(scene: 
     assert scene.device.serves(linear(2))
 
 
-async def test_a_staged_version_is_not_fetched_again_after_a_crash(tmp_path: Path) -> None:
-    repository, home = Repository(tmp_path / "repository"), tmp_path / "home"
+async def test_a_staged_version_is_not_fetched_again_after_a_crash(
+    tmp_path: Path, repository: Repository
+) -> None:
+    home = tmp_path / "home"
     async with device_at(home, repository) as device:
-        await device.deployment.converge(repository.publish(linear(1)))
+        await device.deployment.converge(repository.release(linear(1)))
         (home / "download").write_bytes(linear(2).content)
         device.deployment.slots.stage(linear(2).signed.sealed, home / "download")
     repository.asked.clear()
@@ -373,25 +372,24 @@ async def test_a_staged_version_is_not_fetched_again_after_a_crash(tmp_path: Pat
 class Files:
     """A version of several files, as a repository offers them."""
 
-    def __init__(self, repository: Repository, **contents: bytes) -> None:
-        artifacts = []
-        for name, content in contents.items():
-            digest = hashlib.sha256(content).hexdigest()
-            (repository.folder / digest).write_bytes(content)
-            artifacts.append(Artifact(variant=name, sha256=digest, size_bytes=len(content)))
-        self.artifacts = {artifact.variant: artifact for artifact in artifacts}
-        self.version = linear(1).changed(artifacts=tuple(artifacts), ship=artifacts[0].variant)
-        repository.manifests[self.version.digest] = self.version.signed.sealed
-
-    def changed(self, repository: Repository, name: str, **changes: Any) -> "Files":
-        artifacts = {
-            **self.artifacts,
-            name: msgspec.structs.replace(self.artifacts[name], **changes),
+    def __init__(
+        self, repository: Repository, needs: Mapping[str, tuple[str, ...]] | None = None,
+        **contents: bytes,
+    ) -> None:  # fmt: skip
+        self.artifacts = {
+            name: Artifact(
+                variant=name,
+                sha256=hashlib.sha256(content).hexdigest(),
+                size_bytes=len(content),
+                needs=(needs or {}).get(name, ()),
+            )
+            for name, content in contents.items()
         }
-        self.artifacts = artifacts
-        self.version = self.version.changed(artifacts=tuple(artifacts.values()))
-        repository.manifests[self.version.digest] = self.version.signed.sealed
-        return self
+        artifacts = tuple(self.artifacts.values())
+        self.version = linear(1).changed(artifacts=artifacts, ship=artifacts[0].variant)
+        for artifact, content in zip(artifacts, contents.values(), strict=True):
+            signed = self.version.signed
+            repository.publish(self.version.digest, signed.sealed, artifact, content)
 
 
 def padded(extra: int) -> bytes:
@@ -418,8 +416,8 @@ async def test_the_fastest_file_that_is_right_here_is_served_and_remembered(scen
 
 
 async def test_what_does_not_fit_this_device_is_not_even_fetched(scene: Scene) -> None:
-    files = Files(scene.repository, ship=linear(1).content, big=padded(400_000), vnni=padded(1))
-    files = files.changed(scene.repository, "vnni", needs=("vnni",))
+    contents = {"ship": linear(1).content, "big": padded(400_000), "vnni": padded(1)}
+    files = Files(scene.repository, {"vnni": ("vnni",)}, **contents)
     await scene.deployment.converge(files.version.digest)
     assert scene.device.server.serving.variant == "ship"
     assert scene.repository.asked == ["manifest", "artifact"]
@@ -434,7 +432,7 @@ async def test_a_larger_file_is_fetched_where_the_others_are_wrong_here(scene: S
 async def test_a_version_too_large_for_the_slot_is_refused_and_the_old_one_serves(
     scene: Scene,
 ) -> None:
-    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    await scene.deployment.converge(scene.repository.release(linear(1)))
     files = Files(scene.repository, ship=padded(400_000))
     await refused(
         scene, files.version, UnfitModelError, "takes 1,6.* bytes and a slot holds 1,000,000; raise"
@@ -443,6 +441,6 @@ async def test_a_version_too_large_for_the_slot_is_refused_and_the_old_one_serve
 
 
 async def test_if_every_file_is_wrong_each_is_named_with_its_reason(scene: Scene) -> None:
-    await scene.deployment.converge(scene.repository.publish(linear(1)))
+    await scene.deployment.converge(scene.repository.release(linear(1)))
     files = Files(scene.repository, one=linear(2).content, two=linear(3).content)
     await refused(scene, files.version, UnfitModelError, "one: the golden .*; two: the golden ")

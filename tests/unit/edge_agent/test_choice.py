@@ -122,6 +122,7 @@ def test_a_choice_is_remembered_for_this_version_runtime_and_processor(tmp_path:
     choices.remember("v1", manifest.artifacts[2])
     assert choices.of("v1", manifest) == manifest.artifacts[2]
     assert choices.of("v2", manifest) is None
+    assert Choices(tmp_path, profile(largest_bytes=5)).of("v1", manifest) is None
     assert Choices(tmp_path, profile(runtime="1.33")).of("v1", manifest) is None
     assert Choices(tmp_path, profile(features=frozenset())).of("v1", manifest) is None
     choices.forget("v1")

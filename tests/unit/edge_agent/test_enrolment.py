@@ -1,5 +1,6 @@
 """Joining a coordinator, over real HTTP, with a coordinator that can misbehave."""
 
+import hashlib
 import http.server
 import json
 import shutil
@@ -34,6 +35,7 @@ class SmallCoordinator:
         self.key = SigningKey.generate()
         self.model_key = SigningKey.generate()
         self.fleet_key = str(SigningKey.generate().public)
+        self.root = b"root metadata"
         self.requests: list[EnrolmentRequest] = []
         self.failure: tuple[int, bytes] | None = None
         self.sealed_by = self.key
@@ -56,6 +58,7 @@ class SmallCoordinator:
             mqtt_url="mqtt://127.0.0.1:8471",
             superlink_ca_pem="a certificate",
             fleet_key=self.fleet_key,
+            root_metadata=self.root,
         )
         payload = msgspec.json.encode(reply)
         return 200, seal(payload, payload_type=REPLY_PAYLOAD_TYPE, key=self.sealed_by)
@@ -102,6 +105,7 @@ def test_an_enrolled_device_knows_who_it_is_and_whom_it_trusts(
     assert list(enrolled.command_keys) == [coordinator.key.public.key_id]
     assert list(enrolled.model_keys) == [coordinator.model_key.public.key_id]
     assert [str(key) for key in enrolled.fleet_keys.values()] == [coordinator.fleet_key]
+    assert enrolled.root == coordinator.root
     again = load_enrolment(tmp_path)
     assert again.key.public.key_id == enrolled.key.public.key_id
     assert "key=" not in repr(again).replace("_key", "")
@@ -309,3 +313,24 @@ def test_an_older_coordinator_without_a_fleet_key_can_be_joined(
 ) -> None:
     coordinator.fleet_key = ""
     assert not enroll(tmp_path, url, coordinator.token(), "edge-1").fleet_keys
+
+
+def test_the_root_that_a_person_named_is_the_one_that_is_pinned(
+    coordinator: SmallCoordinator, url: str, tmp_path: Path
+) -> None:
+    wanted = hashlib.sha256(b"another root").hexdigest()
+    with pytest.raises(PeerError, match="ask whoever gave you --root"):
+        enroll(tmp_path, url, coordinator.token(), "edge-1", root_fingerprint=wanted)
+    with pytest.raises(ConfigError, match="is not enrolled"):
+        load_enrolment(tmp_path)
+    coordinator.root = b"another root"
+    enrolled = enroll(tmp_path, url, coordinator.token(), "edge-1", root_fingerprint=wanted)
+    assert enrolled.root == b"another root"
+
+
+def test_a_root_that_is_no_fingerprint_is_refused_before_anything_is_sent(
+    coordinator: SmallCoordinator, url: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="'shoal trust status' prints"):
+        enroll(tmp_path, url, coordinator.token(), "edge-1", root_fingerprint="abc")
+    assert coordinator.requests == []

@@ -6,28 +6,27 @@ import hashlib
 import os
 import random
 import re
-import shutil
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import httpx
 import pytest
+from tuf.api.exceptions import DownloadHTTPError, DownloadLengthMismatchError
 
-from edge_agent.download import RESERVE_BYTES, Downloader, Patience
-from shared.errors import NotFoundError, UnavailableError, UntrustedModelError
-from shared.manifest import MAX_MANIFEST_BYTES, Artifact
+from edge_agent.fetcher import CoordinatorFetcher, Patience
+from shared.errors import NotFoundError, StoppedError, UnavailableError, UntrustedModelError
 from shared.messages import utc_now
+from shared.release_names import MAX_ROLE_BYTES
 from shared.request_signing import verify_request
 from shared.signing import SigningKey
 
 KEY = SigningKey.generate()
 CONTENT = bytes(range(256)) * 4096  # a mebibyte
-ARTIFACT = Artifact(
-    variant="fp32", sha256=hashlib.sha256(CONTENT).hexdigest(), size_bytes=len(CONTENT)
-)
-VERSION = "5" * 64
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+ARTIFACT = f"/v1/artifacts/{SHA256}"
+MANIFEST = f"/v1/models/{'5' * 64}/manifest"
 IMPATIENT = Patience(
     attempts=3, deadline_s=10, idle_s=0.3, first_delay_s=0.001, longest_delay_s=0.01
 )
@@ -55,6 +54,8 @@ class Coordinator:
             )
             self.ranges.append(headers.get("range"))
             misdeed = self.misdeeds.popleft() if self.misdeeds else ""
+            if misdeed == "mute":
+                await asyncio.sleep(5)
             await self._answer(writer, misdeed, headers.get("range"))
         except ConnectionError:
             pass
@@ -108,12 +109,28 @@ class Coordinator:
         await writer.drain()
 
 
-class Site(NamedTuple):
+class Site:
     """A coordinator, and a device that downloads from it."""
 
-    coordinator: Coordinator
-    downloads: Downloader
-    part: Path
+    def __init__(self, coordinator: Coordinator, url: str, folder: Path) -> None:
+        self.coordinator, self.url = coordinator, url
+        self.part = folder / f"{SHA256}.part"
+        self.patience = IMPATIENT
+
+    def fetcher(self) -> CoordinatorFetcher:
+        rng = random.Random(0)  # noqa: S311 - jitter
+        return CoordinatorFetcher(
+            self.url, device="device-1", key=KEY, rng=rng, patience=self.patience
+        )
+
+    async def file(self) -> bytes:
+        """Download the file, and return what is there then."""
+        fetch = self.fetcher().fetch_file
+        await asyncio.to_thread(fetch, ARTIFACT, self.part, length=len(CONTENT))
+        return self.part.read_bytes()
+
+    async def manifest(self) -> bytes:
+        return await asyncio.to_thread(self.fetcher().fetch_bytes, MANIFEST, limit=1000)
 
 
 @pytest.fixture
@@ -121,103 +138,75 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     coordinator = Coordinator()
     server = await asyncio.start_server(coordinator.serve, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
-    async with server, httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
-        downloads = Downloader(
-            tmp_path,
-            client,
-            device="device-1",
-            key=KEY,
-            rng=random.Random(0),  # noqa: S311 - jitter
-            patience=IMPATIENT,
-        )
-        folder = tmp_path / "models" / "downloads"
-        yield Site(coordinator, downloads, folder / f"{ARTIFACT.sha256}.part")
+    async with server:
+        yield Site(coordinator, f"http://{host}:{port}", tmp_path)
 
 
 async def test_a_file_arrives_whole_and_is_asked_for_once(site: Site) -> None:
-    path = await site.downloads.artifact(ARTIFACT)
-    assert path == site.part
-    assert path.read_bytes() == CONTENT
+    assert await site.file() == CONTENT
     assert site.coordinator.ranges == [None]
 
 
 async def test_a_manifest_arrives_as_it_was_sent(site: Site) -> None:
     site.coordinator.content = b"sealed"
     site.coordinator.misdeeds.extend(["cut 3", "status 503"])
-    assert await site.downloads.manifest(VERSION) == b"sealed"
+    assert await site.manifest() == b"sealed"
     assert site.coordinator.ranges == [None] * 3
 
 
 async def test_a_cut_connection_is_resumed_where_it_broke(site: Site) -> None:
     site.coordinator.misdeeds.extend(["cut 300000", "short 200000", "cut 0", "hang 100000"])
-    path = await site.downloads.artifact(ARTIFACT)
-    assert path.read_bytes() == CONTENT
+    assert await site.file() == CONTENT
     starts = [None, "bytes=300000-", "bytes=500000-", "bytes=500000-", "bytes=600000-"]
     assert site.coordinator.ranges == starts
 
 
-async def test_a_restarted_agent_resumes_and_removes_what_is_not_wanted_any_more(
+async def test_a_part_from_before_is_continued_and_a_whole_one_is_not_asked_for(
     site: Site,
 ) -> None:
-    site.part.parent.mkdir(parents=True)
     site.part.write_bytes(CONTENT[:1000])
-    other = site.part.with_name("other.part")
-    other.write_bytes(b"x")
-    await site.downloads.artifact(ARTIFACT)
-    assert site.coordinator.ranges == ["bytes=1000-"]
-    assert not other.exists()
-    await site.downloads.artifact(ARTIFACT)  # complete: nothing is asked
+    for _ in range(2):
+        assert await site.file() == CONTENT
     assert site.coordinator.ranges == ["bytes=1000-"]
 
 
 async def test_a_server_without_ranges_starts_again_from_the_first_byte(site: Site) -> None:
     site.coordinator.misdeeds.extend(["cut 5000", "ignore-range"])
-    assert (await site.downloads.artifact(ARTIFACT)).read_bytes() == CONTENT
+    assert await site.file() == CONTENT
 
 
-async def test_a_wrong_range_is_thrown_away(site: Site) -> None:
-    site.coordinator.misdeeds.extend(["cut 5000", "wrong-range"])
-    assert (await site.downloads.artifact(ARTIFACT)).read_bytes() == CONTENT
+@pytest.mark.parametrize("misdeed", ["wrong-range", "status 416"])
+async def test_a_range_that_cannot_be_is_thrown_away(site: Site, misdeed: str) -> None:
+    site.coordinator.misdeeds.extend(["cut 5000", misdeed])
+    assert await site.file() == CONTENT
     assert site.coordinator.ranges == [None, "bytes=5000-", None]
-
-
-async def test_an_unsatisfiable_range_starts_again(site: Site) -> None:
-    site.coordinator.misdeeds.extend(["cut 5000", "status 416"])
-    assert (await site.downloads.artifact(ARTIFACT)).read_bytes() == CONTENT
-    assert site.coordinator.ranges == [None, "bytes=5000-", None]
-
-
-async def test_wrong_bytes_are_refused_and_not_kept(site: Site) -> None:
-    site.coordinator.misdeeds.append("wrong-bytes")
-    with pytest.raises(UntrustedModelError, match="download has digest"):
-        await site.downloads.artifact(ARTIFACT)
-    assert not site.part.exists()
-
-
-async def test_a_damaged_old_part_costs_one_more_download(site: Site) -> None:
-    site.part.parent.mkdir(parents=True)
-    site.part.write_bytes(b"damaged")
-    assert (await site.downloads.artifact(ARTIFACT)).read_bytes() == CONTENT
-    assert site.coordinator.ranges == ["bytes=7-", None]
-
-
-async def test_an_old_part_that_is_too_long_is_thrown_away(site: Site) -> None:
-    site.part.parent.mkdir(parents=True)
-    site.part.write_bytes(CONTENT + b"x")
-    assert (await site.downloads.artifact(ARTIFACT)).read_bytes() == CONTENT
 
 
 async def test_endless_data_is_refused_at_the_size_that_was_signed(site: Site) -> None:
     site.coordinator.misdeeds.append("endless")
-    with pytest.raises(UntrustedModelError, match="more than the size that the manifest names"):
-        await site.downloads.artifact(ARTIFACT)
+    with pytest.raises(UntrustedModelError, match="more than the size that was signed"):
+        await site.file()
     assert not site.part.exists()
 
 
 async def test_an_endless_manifest_is_refused(site: Site) -> None:
     site.coordinator.misdeeds.append("endless")
-    with pytest.raises(UntrustedModelError, match=f"manifest of over {MAX_MANIFEST_BYTES} bytes"):
-        await site.downloads.manifest(VERSION)
+    with pytest.raises(UntrustedModelError, match="more than the 1000 bytes"):
+        await site.manifest()
+
+
+async def test_endless_metadata_are_refused_in_pythons_tufs_words(site: Site) -> None:
+    site.coordinator.misdeeds.append("endless")
+    url = f"{site.url}/v1/tuf/timestamp.json"
+    with pytest.raises(DownloadLengthMismatchError, match=f"the {MAX_ROLE_BYTES} bytes"):
+        await asyncio.to_thread(site.fetcher().fetch, url)
+
+
+async def test_missing_metadata_are_said_in_pythons_tufs_words(site: Site) -> None:
+    site.coordinator.misdeeds.append("status 404")
+    with pytest.raises(DownloadHTTPError) as caught:
+        await asyncio.to_thread(site.fetcher().fetch, f"{site.url}/v1/tuf/2.root.json")
+    assert caught.value.status_code == 404
 
 
 @pytest.mark.parametrize("misdeed", ["cut 0", "hang 0", "status 500", "short 0"])
@@ -226,30 +215,21 @@ async def test_a_network_that_stays_broken_is_given_up_with_a_sentence(
 ) -> None:
     site.coordinator.misdeeds.extend([misdeed] * 3)
     with pytest.raises(UnavailableError, match="check that the coordinator runs"):
-        await site.downloads.artifact(ARTIFACT)
+        await site.file()
     assert len(site.coordinator.ranges) == 3
 
 
-async def test_no_coordinator_at_all_is_given_up_with_a_sentence(tmp_path: Path) -> None:
-    async with httpx.AsyncClient(base_url="http://127.0.0.1:9") as client:
-        downloads = Downloader(
-            tmp_path,
-            client,
-            device="device-1",
-            key=KEY,
-            rng=random.Random(0),  # noqa: S311 - jitter
-            patience=IMPATIENT,
-        )
-        with pytest.raises(UnavailableError, match=r"cannot download the manifest of 5555.*:9"):
-            await downloads.manifest(VERSION)
+async def test_no_coordinator_at_all_is_given_up_with_a_sentence(site: Site) -> None:
+    site.url = "http://127.0.0.1:9"
+    with pytest.raises(UnavailableError, match=r"cannot download /v1/models/5555.*:9"):
+        await site.manifest()
 
 
 async def test_a_download_that_only_drips_ends_at_its_deadline(site: Site) -> None:
     site.coordinator.misdeeds.extend(["cut 1"] * 100_000)
-    slow = Patience(deadline_s=0.3, first_delay_s=0.01, longest_delay_s=0.01)
-    site.downloads._patience = slow
+    site.patience = Patience(deadline_s=0.3, first_delay_s=0.01, longest_delay_s=0.01)
     with pytest.raises(UnavailableError, match=r"not finished within 0\.3 seconds"):
-        await site.downloads.artifact(ARTIFACT)
+        await site.file()
     assert 0 < site.part.stat().st_size < 10_000  # and what came is kept
 
 
@@ -267,21 +247,8 @@ async def test_a_refusal_is_not_asked_again(
 ) -> None:
     site.coordinator.misdeeds.append(f"status {status}")
     with pytest.raises(kind, match=complaint):
-        await site.downloads.manifest(VERSION)
+        await site.manifest()
     assert len(site.coordinator.ranges) == 1
-
-
-async def test_too_little_disk_space_is_known_before_the_first_byte(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Usage(NamedTuple):
-        free: int
-
-    usage = Usage(RESERVE_BYTES + len(CONTENT) - 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(UnavailableError, match="free some space"):
-        await site.downloads.artifact(ARTIFACT)
-    assert site.coordinator.ranges == []
 
 
 async def test_a_disk_that_fills_up_on_the_way_frees_what_was_written(
@@ -291,19 +258,29 @@ async def test_a_disk_that_fills_up_on_the_way_frees_what_was_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UnavailableError, match="no space left on the disk"):
-        await site.downloads.artifact(ARTIFACT)
+    with pytest.raises(OSError, match="No space left"):
+        await site.file()
     assert not site.part.exists()
 
 
-async def test_a_cancelled_download_keeps_its_part(site: Site) -> None:
-    site.coordinator.misdeeds.append("hang 4000")
-    task: asyncio.Task[Any] = asyncio.create_task(site.downloads.artifact(ARTIFACT))
+@pytest.mark.parametrize("misdeed", ["hang 4000", "mute"])
+async def test_a_stopped_download_ends_at_once_and_keeps_its_part(site: Site, misdeed: str) -> None:
+    site.coordinator.misdeeds.append(misdeed)
+    site.patience = Patience(idle_s=60)
+    fetcher = site.fetcher()
+    task: asyncio.Task[Any] = asyncio.create_task(
+        asyncio.to_thread(fetcher.fetch_file, ARTIFACT, site.part, length=len(CONTENT))
+    )
     async with asyncio.timeout(10):
-        while not (site.part.exists() and site.part.stat().st_size):  # noqa: ASYNC110 - no event
+        while not (site.part.exists() and site.part.stat().st_size) and not (  # noqa: ASYNC110
+            misdeed == "mute" and site.coordinator.ranges
+        ):
             await asyncio.sleep(0.005)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    began = time.monotonic()
+    fetcher.stop()
+    with pytest.raises(StoppedError):
         await task
-    assert (await site.downloads.artifact(ARTIFACT)).read_bytes() == CONTENT
-    assert site.coordinator.ranges == [None, "bytes=4000-"]
+    assert time.monotonic() - began < 5  # of an idle limit of 60
+    assert await site.file() == CONTENT
+    have = site.coordinator.ranges[1]
+    assert have == ("bytes=4000-" if misdeed == "hang 4000" else None)
