@@ -35,12 +35,17 @@ from shared.tasks.losses import ClassificationLoss, classification_loss
 from shared.tasks.metrics import classification_bounds, classification_summary, classification_sums
 from shared.tasks.task import Task
 
-_SIDES = range(12, 65)  # of pictures for the networks that flatten what is left of them
 _SMALL_CNN_CHANNELS = (16, 32, 64)  # of the stages; further ones repeat the last
 _SMALL_CNN_SIDE = 8  # stages halve the picture until it is no larger than this
 
 
 Model = Literal["small-cnn", "lenet-5", "mid-cnn", "wide-cnn"]
+# Of pictures, for networks that flatten whatever their two halvings leave.
+_SIDES: Mapping[Model, range] = {
+    "lenet-5": range(12, 65),
+    "mid-cnn": range(4, 65),
+    "wide-cnn": range(4, 65),
+}
 
 
 class ImageOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,9 +60,10 @@ class ImageOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     def __post_init__(self) -> None:
         check_labels(self.labels)
-        if self.model != "small-cnn" and not {self.height, self.width} <= set(_SIDES):
+        sides = _SIDES.get(self.model)
+        if sides is not None and not {self.height, self.width} <= set(sides):
             raise ConfigError(
-                f"{self.model} takes pictures of {_SIDES[0]} to {_SIDES[-1]} pixels a side, "
+                f"{self.model} takes pictures of {sides[0]} to {sides[-1]} pixels a side, "
                 f"not {self.height} x {self.width}; use small-cnn"
             )
 

@@ -114,7 +114,7 @@ def test_the_balanced_loss_spares_classes_that_a_batch_lacks() -> None:
         ({"model": "resnet"}, "model: there is no 'resnet'; choose one of 'lenet-5', 'mid-cnn', "),
         ({"channels": 2}, "channels: there is no 2; choose one of 1, 3"),
         ({"model": "lenet-5", "height": 8}, "lenet-5 takes pictures of 12 to 64 pixels a side"),
-        ({"model": "wide-cnn", "height": 65}, "wide-cnn takes pictures of 12 to 64 pixels a side"),
+        ({"model": "wide-cnn", "height": 65}, "wide-cnn takes pictures of 4 to 64 pixels a side"),
         ({"height": 0}, "height: expected `int` >= 4"),
     ],
 )
