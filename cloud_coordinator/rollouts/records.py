@@ -387,7 +387,7 @@ def _artifacts(session: Session) -> dict[str, set[str]]:
 def _devices_with(session: Session, task_name: str) -> list[DeviceRow]:
     """Return the devices that have data for a task, whether they are online or not."""
     rows = session.scalars(select(DeviceRow).order_by(DeviceRow.device_id))
-    return [row for row in rows if row.revoked_at is None and task_name in _tasks_of(row)]
+    return [row for row in rows if task_name in _tasks_of(row)]
 
 
 def _tasks_of(device: DeviceRow) -> frozenset[str]:

@@ -22,7 +22,7 @@ from cloud_coordinator.rollouts.records import (
     Step,
 )
 from cloud_coordinator.rollouts.tables import DesiredRow, RolloutRow
-from shared.errors import ShoalError
+from shared.errors import ShoalError, UnavailableError
 from shared.messages import Desired
 from shared.rollout_plan import AT_ONCE, RolloutPlan
 
@@ -52,11 +52,15 @@ class RolloutService:
         """Look after unfinished rollouts until cancelled; a job of the coordinator."""
         while True:
             self._seen.clear()
-            for rollout_id in await asyncio.to_thread(self._records.unfinished):
-                await self._look(rollout_id)
+            try:
+                for rollout_id in await asyncio.to_thread(self._records.unfinished):
+                    await self._look(rollout_id)
+            except UnavailableError as error:  # the database is away
+                logger.warning("rollouts have to wait: %s", error)
+                await asyncio.sleep(_LOOK_EVERY_S)
+                self.see()
             with contextlib.suppress(TimeoutError):
-                patience = _LOOK_EVERY_S if self._waits else None
-                await asyncio.wait_for(self._seen.wait(), patience)
+                await asyncio.wait_for(self._seen.wait(), _LOOK_EVERY_S if self._waits else None)
 
     def see(self) -> None:
         """Look again soon: a device said something on which a rollout may hang."""
@@ -154,9 +158,10 @@ class RolloutService:
     async def _look(self, rollout_id: str) -> None:
         try:
             await self._carry_out(rollout_id, self._records.step, rollout_id)
+        except UnavailableError:
+            raise
         except ShoalError as error:  # a version whose files are gone must not end the service
-            logger.warning("rollout %s: %s", rollout_id, error)
-            self._waits[rollout_id] = Wait(str(error))
+            self._note(rollout_id, self._waits.get(rollout_id), Wait(str(error)))
 
     async def _by_hand(self, rollout_id: str, event: RolloutEvent, cause: str) -> None:
         await self._carry_out(

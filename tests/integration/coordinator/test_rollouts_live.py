@@ -1,5 +1,6 @@
 """Rollouts on a real coordinator and broker, with devices that do well or badly on request."""
 
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 
 from shared.messages import Desired, Presence, PresenceState
+from tests.integration.coordinator.artifacts import artifact_of
 from tests.integration.coordinator.fake_device import FakeDevice
 from tests.integration.coordinator.live import Live, live, plan, until
 
@@ -150,9 +152,13 @@ async def test_a_device_that_serves_an_unknown_file_is_named(fleet: Fleet) -> No
 
 
 async def test_a_rollout_is_paused_resumed_and_aborted_by_hand(fleet: Fleet) -> None:
-    rollout = await fleet.until_serving(await fleet.start(fleet.new, BAKES), 1)
-    assert rollout["waiting"] == "wave 1 bakes"
-    assert rollout["until"] is not None
+    rollout = await fleet.start(fleet.new, BAKES)
+
+    async def bakes() -> bool:
+        found = await fleet.service.get(f"/v1/rollouts/{rollout['rollout_id']}")
+        return found["waiting"] == "wave 1 bakes" and found["until"] is not None
+
+    await until("the wave to bake", bakes)
     paused = await fleet.move(rollout, "pause")
     assert (paused["state"], paused["cause"]) == ("paused", "paused by the operator")
     assert (await fleet.move(rollout, "resume"))["state"] == "rolling"
@@ -261,3 +267,22 @@ async def test_a_coordinator_that_is_started_again_goes_on_with_its_rollouts(
         fleet.service = await stack.enter_async_context(live(tmp_path))
         done = await fleet.until_state(rollout, *ENDED)
     assert (done["state"], done["wave"]) == ("completed", 2)
+
+
+async def test_a_planned_version_whose_files_are_gone_waits_with_its_cause_and_may_be_dropped(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    first = await fleet.start(fleet.new, BAKES)
+    third = await a_version(fleet.service, deploy=False)
+    planned = await fleet.start(third, QUICK)
+    artifact = hashlib.sha256(artifact_of(third)).hexdigest()
+    (tmp_path / "home" / "blobs" / artifact[:2] / artifact).unlink()
+    await fleet.move(first, "abort")
+
+    async def says_why() -> dict[str, Any] | None:
+        found = await fleet.service.get(f"/v1/rollouts/{planned['rollout_id']}")
+        return found if artifact[:12] in found["waiting"] else None
+
+    assert (await until("the cause", says_why))["state"] == "planned"
+    dropped = await fleet.move(planned, "abort")
+    assert (dropped["state"], dropped["cause"]) == ("dropped", "aborted by the operator")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pytest
 
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.flower.superlink_messages import QUIET_FLOWER
@@ -17,6 +18,7 @@ ROUNDS = 2
 PROGRAM = "from tests.integration.rounds.simulate_digits import main; main()"
 
 
+@pytest.mark.slow  # the contract tests compare the same engine with ours by fewer parts
 def test_the_same_apps_give_the_same_parameters_in_flowers_simulation_engine(
     tmp_path: Path,
 ) -> None:
