@@ -286,8 +286,8 @@ class _Demo:
     def _ship_a_bad_one(self, good: str) -> None:
         """Roll out a version that is too slow, and watch it go back by itself."""
         self.console.print(
-            "Now a bad version, on purpose: a network that is twenty times as slow, and hardly\n"
-            "trained. Nobody stops it by hand."
+            "Now a bad version, on purpose: a network that is far too slow, and hardly trained.\n"
+            "Nobody stops it by hand."
         )
         for name in self.names:  # the owners agree to it, as they must
             self._add_data(name, self.slow_task)
