@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edge_agent.training import Update
 from shared.errors import PeerError
+from shared.judging import CandidateFacts
 from shared.parameters import Vector
 from shared.secure_sum.config import SumConfig
 from shared.secure_sum.encoding import was_clipped
@@ -33,6 +34,7 @@ class Contribution:
 
     vector: NDArray[Any] = field(repr=False)  # shape (d,), float, in its own unit
     exact: Mapping[str, float] = field(repr=False)  # by the names of the exact lanes
+    facts: tuple[CandidateFacts, ...] = ()  # about this machine alone; told in clear
 
 
 def training_contribution(config: SumConfig, received: Vector, update: Update) -> Contribution:
@@ -109,6 +111,14 @@ def statistics_contribution(
     _check_length(config, layout.length)
     vector = layout.contribution(rows) if len(rows) else np.zeros(layout.length)
     return Contribution(vector, _chosen(config, {}))
+
+
+def judgement_contribution(
+    config: SumConfig, scorecard: NDArray[np.float64], facts: tuple[CandidateFacts, ...]
+) -> Contribution:
+    """Return a device's scorecard, and what it says of its machine; PeerError as above."""
+    _check_length(config, scorecard.size)
+    return Contribution(scorecard, _chosen(config, {}), facts)
 
 
 def _chosen(config: SumConfig, known: Mapping[str, float]) -> dict[str, float]:

@@ -118,6 +118,17 @@ def evaluate(
     return sums
 
 
+def score(task: Task, outputs: Vector, targets: NDArray[Any]) -> float:
+    """Return how good outputs are for their targets, in [0, 1].
+
+    Args:
+        task: that they are of.
+        outputs: shape (n, …), n at least 1.
+        targets: shape (n,).
+    """
+    return task.score(task.measure(torch.tensor(outputs), torch.tensor(targets)))
+
+
 class _Sgd:
     """SGD with momentum and weight decay, as torch.optim.SGD computes it.
 

@@ -6,7 +6,8 @@ SuperNodes and in Flower's simulation engine, and gives the same parameters ther
 A train message holds the records ``parameters`` (one float32 vector) and ``plan`` (``json``: a
 `TrainingPlan`; ``round``, ``seed``, ``min_examples``); an evaluate message ``parameters``; a
 ``query.statistics`` message ``statistics`` (``json``: a `StatisticsQuestion`) and, where that is
-about the inside of a model, ``model`` (its ONNX file). With the record
+about the inside of a model, ``model`` (its ONNX file); a ``query.judge`` message ``question``
+(``json``: a `JudgeQuestion`) and ``files`` (its candidates, in their order). With the record
 ``sum`` (see secure_messages.py) the result goes into a secure sum: the reply holds a signed answer
 alone, and ``query.mask`` asks for the masked vector. The stages around it, ``query.share``,
 ``query.consent`` and ``query.reveal``, come this way where there is no control link.
@@ -19,7 +20,7 @@ whose reason is one sentence, and which tells nothing of the data.
 import functools
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,11 +33,13 @@ from flwr.clientapp import ClientApp
 from edge_agent.contributions import (
     Contribution,
     evaluation_contribution,
+    judgement_contribution,
     statistics_contribution,
     training_contribution,
 )
 from edge_agent.data_registry import DataRegistry
 from edge_agent.eligibility import too_few
+from edge_agent.judging import judge
 from edge_agent.kept_sums import KeptSums
 from edge_agent.local_data import LocalData, read_local_data
 from edge_agent.measuring import measure_extremes
@@ -53,6 +56,7 @@ from shared.errors import (
     StoppedError,
     UnavailableError,
 )
+from shared.judging import MAX_JUDGED_BYTES, JudgeQuestion, base_of_files, judge_question
 from shared.messages import RelayedStage
 from shared.npy import read_vector
 from shared.parameters import Vector
@@ -64,7 +68,7 @@ from shared.secure_sum.questions import (
     statistics_question,
     training_question,
 )
-from shared.statistics.probes import MAX_PROBE_BYTES, Probe, contract_of_probe, rows_of_probe
+from shared.statistics.probes import Probe, contract_of_probe, rows_of_probe
 from shared.statistics.questions import StatisticsQuestion
 from shared.tasks.examples import Examples
 from shared.tasks.spec import TaskSpec
@@ -103,6 +107,7 @@ def build_client_app(
     app.train()(reached.by(lambda device, message: device.train(message)))
     app.evaluate()(reached.by(lambda device, message: device.evaluate(message)))
     app.query("statistics")(reached.by(lambda device, message: device.answer_statistics(message)))
+    app.query("judge")(reached.by(lambda device, message: device.judge(message)))
     app.query("mask")(reached.at_stage(lambda sums, *asked: reply_with(*sums.mask(*asked))))
     for stage in ("share", "consent", "reveal"):
         app.query(stage)(reached.at_stage(_answer_of(stage)))
@@ -279,6 +284,32 @@ class _Device:
             part="train",
         )
 
+    def judge(self, message: Message) -> RecordDict:
+        content = message.content
+        sealed = sealed_config_in(content)
+        if sealed is None:
+            raise PeerError("scores leave a device only in a secure sum")
+        text = str(content.config_records.get("question", ConfigRecord()).get("json"))
+        try:
+            question = msgspec.json.decode(text, type=JudgeQuestion)
+        except NOT_JSON as error:
+            raise PeerError(f"the message asks for no judgement: {error}") from error
+        files = _files_in(content, [candidate.sha256 for candidate in question.candidates])
+
+        def contribute(config: SumConfig) -> Contribution:
+            rows, task = self._data.held_out, self._data.task
+            judged = judge(question, files, task, rows, should_stop=self._should_stop)
+            return judgement_contribution(config, *judged)
+
+        return self._take_part(
+            sealed,
+            "evaluate",
+            contribute,
+            question_digest=judge_question(text.encode()),
+            base_digest=base_of_files(question.candidates),
+            part="held-out",
+        )
+
     def _inside(self, model: bytes, probe: Probe, *, max_rows: int) -> Examples:
         """Return what the rows do inside a model: of evenly spaced ones, as many as may count."""
         inputs = self._data.train.inputs
@@ -321,7 +352,10 @@ class _Device:
         except Exception:
             self._sums.decline(opened, "this device failed")
             raise
-        return reply_with(self._sums.advertise(opened, made.vector, made.exact))
+        content = reply_with(self._sums.advertise(opened, made.vector, made.exact))
+        if made.facts:
+            content["facts"] = ConfigRecord({"json": msgspec.json.encode(made.facts)})
+        return content
 
     def _use(self, part: Part) -> DataUse:
         data = self._data
@@ -353,16 +387,24 @@ def _parameters_in(content: RecordDict) -> Vector:
 
 def _model_in(content: RecordDict, sha256: str) -> bytes:
     """Return the file that came along; raise PeerError unless it is the one that is asked about."""
-    record = content.array_records.get("model")
-    if record is None or len(record) != 1:
-        raise PeerError("the message holds no model to ask about")
-    (array,) = record.values()
-    if len(array.data) > MAX_PROBE_BYTES:
-        raise PeerError(f"the model that came along is larger than {MAX_PROBE_BYTES} bytes")
-    file: bytes = read_vector(array.data, {"|u1": np.uint8}, what="the message").tobytes()
-    if hashlib.sha256(file).hexdigest() != sha256:
-        raise PeerError("the model that came along is not the one that is asked about")
+    (file,) = _files_in(content, [sha256], record="model")
     return file
+
+
+def _files_in(content: RecordDict, digests: Sequence[str], *, record: str = "files") -> list[bytes]:
+    """Return the files that came along; raise PeerError unless they are those asked about."""
+    arrays = list(content.array_records.get(record, ArrayRecord()).values())
+    if len(arrays) != len(digests):
+        raise PeerError(f"{len(arrays)} models came along, and {len(digests)} are asked about")
+    if sum(len(array.data) for array in arrays) > MAX_JUDGED_BYTES:
+        raise PeerError(f"the models that came along are larger than {MAX_JUDGED_BYTES} bytes")
+    files: list[bytes] = [
+        read_vector(array.data, {"|u1": np.uint8}, what="the message").tobytes() for array in arrays
+    ]
+    for file, sha256 in zip(files, digests, strict=True):
+        if hashlib.sha256(file).hexdigest() != sha256:
+            raise PeerError("a model that came along is not the one that is asked about")
+    return files
 
 
 def _round_of(message: Message) -> int:

@@ -15,6 +15,7 @@ from enum import StrEnum
 import msgspec
 
 from shared.enrolment import EnrolmentRequest
+from shared.judging import CandidateFacts
 from shared.messages import (
     Envelope,
     Health,
@@ -82,6 +83,9 @@ UPLINK: Mapping[type[msgspec.Struct], Mapping[str, Tells]] = {
     Dealt: _machine("to", "box", "seed_share_commitment", "key_share_commitment"),
     Masked: _machine("lanes_digest", "bad_boxes"),  # the digest is of lanes that are masked
     Survivors: _machine("bitmap"),
+    CandidateFacts: _machine(  # measured on rows drawn from the contract, before the owner's
+        "name", "failure", "load_ms", "p50_ms", "p95_ms", "memory_bytes"
+    ),
     # HTTP
     EnrolmentRequest: _machine(
         "token_id", "secret", "device_id", "identity_key", "node_key_pem", "identity_proof",
@@ -92,6 +96,7 @@ UPLINK: Mapping[type[msgspec.Struct], Mapping[str, Tells]] = {
 # Replies through Flower: "record" or "record.key"; a record without a key holds any names.
 SUMMED_REPLY: Mapping[str, Tells] = {
     "sum.answer": Tells.MACHINE,
+    "facts.json": Tells.MACHINE,  # of judged files: see `CandidateFacts` below
     "lanes": Tells.DATA,  # masked: uniform numbers to whoever lacks the sum's other terms
     "exact": Tells.DATA,  # likewise
 }

@@ -15,6 +15,8 @@ from msgspec import Meta
 from shared.compression_plan import CompressionPlan
 from shared.config import convert, read_document, read_toml
 from shared.errors import ConfigError
+from shared.judge_plan import JudgePlan
+from shared.judging import Candidate, JudgeQuestion
 from shared.plan_checks import check_plan
 from shared.privacy_plan import (
     AggregationPlan,
@@ -33,6 +35,9 @@ Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
 
 _LONGEST_PREFIX = 50  # of a plan's name, that the names of runs it leads to begin with
+_ANY_JUDGEMENT = JudgeQuestion(  # to see whether a plan's devices can be asked at all
+    candidates=(Candidate(name="any", sha256="0" * 64),), reference="any", max_rows=1
+)
 
 
 class TrainingPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,11 +85,13 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     deploy: bool = True  # ship the result to every device that has data for the task
     compression: CompressionPlan | None = None  # how the result is made smaller; None: as it comes
     rollout: RolloutPlan | None = None  # in which waves; None: to all at once
+    judge: JudgePlan | None = None  # by which limits devices judge the result; None: nobody does
     statistics: StatisticsQuestion | None = None  # such a run asks this, once, and trains nothing
+    judgement: JudgeQuestion | None = None  # likewise; it is asked for a run with `judge`
 
     def __post_init__(self) -> None:
         """Refuse what could never commit, and fill in the quorum that the rest of it needs."""
-        if self.statistics is not None:
+        if self.asks:
             self._leave_out_training()
         cohort = self.cohort
         if cohort.quorum > cohort.size:
@@ -107,6 +114,13 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             msgspec.structs.force_setattr(self, "cohort", resolved)
         if self.compression is not None and self.compression.int8:
             self._check_calibration()
+        if self.judge is not None:
+            self._check_judge(self.judge)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the run only asks a question, and trains nothing."""
+        return self.statistics is not None or self.judgement is not None
 
     def _check_calibration(self) -> None:
         """Refuse now what would fail only after training."""
@@ -118,6 +132,21 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                 "or write int8 = false"
             ) from error
 
+    def _check_judge(self, judge: JudgePlan) -> None:
+        """Refuse now what would fail only after training."""
+        if judge.min_devices > self.cohort.asked:
+            raise ConfigError(
+                f"judge.min_devices {judge.min_devices} is above the {self.cohort.asked} devices "
+                "that [cohort] asks, so nothing could ever be chosen: lower it"
+            )
+        try:
+            self.judging(_ANY_JUDGEMENT)
+        except ConfigError as error:
+            raise ConfigError(
+                f"[judge] asks devices to judge the result after training: {error}; or leave "
+                "[judge] out"
+            ) from error
+
     def calibration(self, question: StatisticsQuestion) -> "RunPlan":
         """Return the plan of the run that asks this one's devices for ranges.
 
@@ -125,27 +154,45 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             ConfigError: they cannot be asked so.
         """
         assert self.compression is not None
+        return self._asking("calibrate", self.compression.calibration_noise, statistics=question)
+
+    def judging(self, question: JudgeQuestion) -> "RunPlan":
+        """Return the plan of the run that has this one's devices judge its files.
+
+        Raises:
+            ConfigError: they cannot be asked so.
+        """
+        assert self.judge is not None
+        return self._asking("judge", self.judge.noise, judgement=question)
+
+    def _asking(
+        self,
+        suffix: str,
+        noise: Literal["distributed", "none"],
+        *,
+        statistics: StatisticsQuestion | None = None,
+        judgement: JudgeQuestion | None = None,
+    ) -> "RunPlan":
         privacy = msgspec.structs.replace(
-            self.privacy,
-            noise=self.compression.calibration_noise,
-            weights="uniform",
-            adaptive_clipping=False,
+            self.privacy, noise=noise, weights="uniform", adaptive_clipping=False
         )
         return RunPlan(
-            name=f"{self.name[:_LONGEST_PREFIX]}-calibrate",
+            name=f"{self.name[:_LONGEST_PREFIX]}-{suffix}",
             task=self.task,
             seed=self.seed,
             cohort=self.cohort,
             privacy=privacy,
-            statistics=question,
+            statistics=statistics,
+            judgement=judgement,
         )
 
     def _leave_out_training(self) -> None:
         """Write down what the rest of the plan comes to in a run that only asks."""
-        if self.compression is not None:
-            raise ConfigError(
-                "[compression] is of a model, and a run with [statistics] makes none: leave it out"
-            )
+        for table in ("compression", "judge"):
+            if getattr(self, table) is not None:
+                raise ConfigError(
+                    f"[{table}] is of a model, and a run with [statistics] makes none: leave it out"
+                )
         privacy = privacy_of_statistics(self.privacy, self.aggregation, asked=self.cohort.asked)
         for name, value in {
             "privacy": privacy,
@@ -163,7 +210,7 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             roster_max: devices that are asked for one of the sums; None: all that may be.
         """
         cohort = self.cohort
-        quorum = cohort.quorum if grouped or self.statistics is not None else 0
+        quorum = cohort.quorum if grouped or self.asks else 0
         layout = lay_out(
             self.privacy,
             self.aggregation,
@@ -205,6 +252,11 @@ def plan_from(document: Any, *, source: str) -> RunPlan:
     Raises:
         ConfigError: it does not fit; names the key.
     """
+    if isinstance(document, dict) and document.get("judgement") is not None:
+        raise ConfigError(
+            f"{source}: judgement is asked for a run that trains; leave it out and write a table "
+            "[judge] in the plan of that run"
+        )
     if isinstance(document, dict) and isinstance(asked := document.get("statistics"), dict):
         if asked.get("probe") is not None:
             raise ConfigError(

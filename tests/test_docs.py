@@ -29,6 +29,7 @@ from cloud_coordinator.settings import Settings
 from cloud_coordinator.trust.api import router as trust
 from edge_agent.settings import AgentSettings
 from shared.compression_plan import CompressionPlan
+from shared.judge_plan import JudgePlan
 from shared.messages import DOWN, UP, Body, DeploymentState
 from shared.privacy_plan import AggregationPlan, PrivacyPlan
 from shared.rollout_plan import GatePlan, RolloutPlan, WavePlan, WindowPlan
@@ -58,6 +59,7 @@ def test_every_setting_is_documented() -> None:
         PrivacyPlan,
         AggregationPlan,
         CompressionPlan,
+        JudgePlan,
         RolloutPlan,
         WavePlan,
         WindowPlan,
@@ -66,7 +68,7 @@ def test_every_setting_is_documented() -> None:
 )
 def test_every_key_of_a_plan_is_documented(struct: type) -> None:
     sections = {"training", "cohort", "privacy", "aggregation", "statistics"}
-    sections |= {"compression", "rollout", "waves", "windows", "gates"}
+    sections |= {"compression", "judge", "judgement", "rollout", "waves", "windows", "gates"}
     plan = page("operation.md").split("## A plan")[1].split("## Statistics")[0]
     keys = set(struct.__struct_fields__) - sections - {"strategy"}  # type: ignore[attr-defined]
     pages = plan + page("models.md").split("## Rollouts")[1]

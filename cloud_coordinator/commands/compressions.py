@@ -3,6 +3,7 @@
 import typer
 
 from cloud_coordinator.commands.client import DEFAULT_HOME, ApiClient, AsJson, Home
+from cloud_coordinator.commands.models import print_judgement
 from cloud_coordinator.commands.output import digest, moment, print_facts, print_json, print_table
 
 compressions = typer.Typer(
@@ -12,7 +13,7 @@ compressions = typer.Typer(
 
 @compressions.command("list")
 def list_compressions(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
-    """List the runs whose plan has a table [compression], the newest first."""
+    """List the runs whose plan has a table [compression] or [judge], the newest first."""
     answer = ApiClient(home).get("/v1/compressions")
     if as_json:
         print_json(answer)
@@ -28,7 +29,7 @@ def list_compressions(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> 
         for job in answer
     ]
     columns = ("run", "state", "run started (UTC)", "done", "now")
-    empty = "no compressions; write a table [compression] into a run's plan"
+    empty = "no compressions; write a table [compression] or [judge] into a run's plan"
     print_table(columns, rows, empty=empty)
 
 
@@ -49,6 +50,7 @@ def show_compression(run_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson 
     )
     rows = [(step["step"], step["result"]) for step in job["steps"]]
     print_table(("step", "result"), rows, empty="nothing is done yet")
+    print_judgement(job["judgement"])
 
 
 @compressions.command("stop")

@@ -1,6 +1,7 @@
 """``shoal model``."""
 
 import getpass
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -68,10 +69,25 @@ def show_model(version: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = Fal
     rows = [_variant_row(variant) for variant in model["variants"]]
     columns = ("variant", "bytes", "p50 µs", "off by", "passed", "ranges", "")
     print_table(columns, rows, empty="no variants")
+    print_judgement(model["judgement"])
     for note in client.get(f"/v1/models/{model['version']}/notes"):
         typer.echo(
             f"{moment(note['written_at'])} {visible(note['author'])}: {visible(note['text'])}"
         )
+
+
+def print_judgement(judgement: Mapping[str, Any] | None) -> None:
+    """Print what every gate said of every variant, where devices judged them."""
+    if judgement is None:
+        return
+    devices = f"{judgement['devices']}, by run {judgement['run_id']}"
+    print_facts({"judged on": devices, "against": judgement["reference"]})
+    rows = [
+        (judged["variant"], verdict["gate"], verdict["outcome"], visible(verdict["words"]))
+        for judged in judgement["variants"]
+        for verdict in judged["verdicts"]
+    ]
+    print_table(("variant", "gate", "", "found"), rows, empty="no variant was judged")
 
 
 @models.command("note")

@@ -60,7 +60,7 @@ def list_statistics(home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> No
 def show_statistics(run_id: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False) -> None:
     """Show the answers of one run, and how far noise may have moved them."""
     run = ApiClient(home).get(f"/v1/runs/{run_id}")
-    if run["purpose"] != "statistics":
+    if run["purpose"] == "train":
         raise ConfigError(
             f"run {run_id} trains a model and asks for no statistics; see 'shoal run show {run_id}'"
         )

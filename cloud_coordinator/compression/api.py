@@ -1,8 +1,9 @@
 """Routes for compressions: watch and stop them. A run's plan starts them."""
 
 from datetime import datetime
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
+import msgspec
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
@@ -37,6 +38,7 @@ class CompressionView(BaseModel):
     created_at: datetime
     model_version: str | None
     steps: list[StepView]
+    judgement: dict[str, Any] | None  # of devices, as `Judgement`; null before they judged
 
 
 def _compressions(request: Request) -> Compressions:
@@ -75,14 +77,14 @@ async def _row(run_id: str, runs: RunService) -> RunRow:
     row = (await runs.details(run_id)).run
     if not _compresses(row):
         raise NotFoundError(
-            f"the plan of run {run_id!r} has no table [compression]; "
+            f"the plan of run {run_id!r} has no table [compression] or [judge]; "
             "'shoal compression list' shows the runs that have one"
         )
     return row
 
 
 def _compresses(row: RunRow) -> bool:
-    return row.plan.get("compression") is not None
+    return any(row.plan.get(table) is not None for table in ("compression", "judge"))
 
 
 async def _view(row: RunRow, jobs: Compressions, runs: RunService) -> CompressionView:
@@ -95,5 +97,6 @@ async def _view(row: RunRow, jobs: Compressions, runs: RunService) -> Compressio
         doing=progress.sentence if progress else "",
         created_at=row.created_at,
         model_version=row.model_version,
+        judgement=msgspec.to_builtins(await jobs.judgement(row.run_id)),
         steps=[StepView(step=step.value, result=in_words(r)) for step, r in done.items()],
     )

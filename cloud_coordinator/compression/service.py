@@ -13,9 +13,11 @@ from typing import Protocol
 
 import msgspec
 
+from cloud_coordinator.compression.judging import ask_about, judgement_of
 from cloud_coordinator.compression.records import StepRecords
 from cloud_coordinator.compression.steps import (
     Calibrated,
+    Judged,
     LeftOut,
     ProbeMade,
     Signed,
@@ -25,7 +27,9 @@ from cloud_coordinator.compression.steps import (
     in_words,
     next_step,
 )
-from cloud_coordinator.models.pipeline_messages import Calibration
+from cloud_coordinator.models.descriptions import judgement_in
+from cloud_coordinator.models.judgement import Judgement
+from cloud_coordinator.models.pipeline_messages import Built, Calibration
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import VariantRow
 from cloud_coordinator.runs.lifecycle import RunState
@@ -59,7 +63,7 @@ class Job:
     """One compression."""
 
     run_id: str  # of the run that trained the parameters
-    plan: RunPlan  # with a table ``[compression]``
+    plan: RunPlan  # with a table ``[compression]`` or ``[judge]``
     parameters_sha256: str
     rounds: int
     runs: PerformsRuns
@@ -79,12 +83,11 @@ class Compressions:
             The version that was signed.
 
         Raises:
-            UnfitModelError: the parameters can become no version.
+            UnfitModelError: the parameters can become no version, or no variant is good enough.
             UnavailableError: something is away; try again.
         """
-        assert job.plan.compression is not None, "of a plan that compresses"
         done = await self.done(job.run_id)
-        while (step := next_step(job.plan.compression, done)) is not None:
+        while (step := next_step(job.plan, done)) is not None:
             job.say(step.value)
             done[step] = await self._perform(step, job, done)
             await asyncio.to_thread(self._records.save, job.run_id, step, done[step])
@@ -95,12 +98,21 @@ class Compressions:
 
     async def stop(self, run_id: str, cause: str, runs: PerformsRuns) -> None:
         """End the run that a stopped job waits for, if there is one."""
-        with contextlib.suppress(NotFoundError, ConflictError):  # it was not begun, or has ended
-            await runs.stop_run(calibration_run(run_id), cause)
+        for asking in (calibration_run(run_id), judging_run(run_id)):
+            with contextlib.suppress(NotFoundError, ConflictError):  # not begun, or ended
+                await runs.stop_run(asking, cause)
 
     async def done(self, run_id: str) -> dict[Step, StepResult]:
         """Return the results of the steps that a run's job has done."""
         return await asyncio.to_thread(self._records.done, run_id)
+
+    async def judgement(self, run_id: str) -> Judgement | None:
+        """Return what devices found of what was built of a run."""
+        try:
+            row = await asyncio.to_thread(self._models.built_of, run_id)
+        except NotFoundError:
+            return None
+        return judgement_in(row)
 
     async def _perform(self, step: Step, job: Job, done: Mapping[Step, StepResult]) -> StepResult:
         match step:
@@ -110,6 +122,8 @@ class Compressions:
                 return await self._calibrate(job, done[Step.PROBE])
             case Step.BUILD:
                 return await self._build(job, done)
+            case Step.JUDGE:
+                return await self._judge(job)
             case Step.SIGN:
                 return Signed(version=await self._models.sign(job.run_id, job.plan))
 
@@ -153,6 +167,28 @@ class Compressions:
         variants = await asyncio.to_thread(self._variants, job.run_id)
         return VariantsBuilt(passed=sum(v.passed for v in variants), built=len(variants))
 
+    async def _judge(self, job: Job) -> StepResult:
+        plan, run_id = job.plan.judge, judging_run(job.run_id)
+        assert plan is not None  # or this step is not wanted
+        row = await asyncio.to_thread(self._models.built_of, job.run_id)
+        built = msgspec.json.decode(row.built or b"", type=Built)
+        current = await asyncio.to_thread(self._models.current_of, row.model)
+        asked = ask_about(built, current, plan)
+        job.say(f"judging: see run {run_id}")
+        details = await job.runs.perform(job.plan.judging(asked.question), run_id=run_id)
+        if details.run.state != RunState.FINISHED:
+            cause = f"not judged: run {run_id} {details.run.state}: {details.run.cause}"
+            await asyncio.to_thread(self._models.refuse, job.run_id, cause)
+            raise UnfitModelError(cause)
+        judgement = judgement_of(asked, built, plan, details)
+        await asyncio.to_thread(self._models.judge, job.run_id, judgement)
+        return Judged(
+            run_id=run_id,
+            devices=judgement.devices,
+            passed=sum(variant.passed for variant in judgement.variants),
+            judged=len(judgement.variants),
+        )
+
     def _variants(self, run_id: str) -> Sequence[VariantRow]:
         return self._models.built_of(run_id).variants
 
@@ -160,6 +196,11 @@ class Compressions:
 def calibration_run(run_id: str) -> str:
     """Return the name of the run that measures ranges for another one."""
     return f"{run_id}-calibrate"
+
+
+def judging_run(run_id: str) -> str:
+    """Return the name of the run in which devices judge another one's result."""
+    return f"{run_id}-judge"
 
 
 def question_about(probe: Probe, plan: RunPlan) -> StatisticsQuestion:

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
-from shared.compression_plan import CompressionPlan
+from shared.run_plan import RunPlan
 from shared.statistics.probes import Probe
 from shared.statistics.vectors import Answer
 
@@ -21,6 +21,7 @@ class Step(StrEnum):
     PROBE = "probe"  # find out which ranges inside the model have to be measured
     CALIBRATE = "calibrate"  # have devices measure them, in a run of its own
     BUILD = "build"  # make every variant, and compare each with torch
+    JUDGE = "judge"  # have devices judge the exact files, and hold back what fails a gate
     SIGN = "sign"  # sign what passed
 
 
@@ -44,6 +45,15 @@ class VariantsBuilt(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
     built: int
 
 
+class Judged(msgspec.Struct, frozen=True, kw_only=True, tag="judged"):
+    """Of `Step.JUDGE`: the version's row has the judgement."""
+
+    run_id: str  # of the run that asked the devices
+    devices: int
+    passed: int
+    judged: int
+
+
 class Signed(msgspec.Struct, frozen=True, kw_only=True, tag="signed"):
     """Of `Step.SIGN`: the version's name."""
 
@@ -56,10 +66,10 @@ class LeftOut(msgspec.Struct, frozen=True, kw_only=True, tag="left-out"):
     cause: str
 
 
-StepResult = ProbeMade | Calibrated | VariantsBuilt | Signed | LeftOut
+StepResult = ProbeMade | Calibrated | VariantsBuilt | Judged | Signed | LeftOut
 
 
-def next_step(plan: CompressionPlan, done: Mapping[Step, StepResult]) -> Step | None:
+def next_step(plan: RunPlan, done: Mapping[Step, StepResult]) -> Step | None:
     """Return what is to be done now; None when the job is over.
 
     This is the only place that knows the order.
@@ -76,15 +86,17 @@ def in_words(result: StepResult) -> str:
             return f"measured by run {run_id}"
         case VariantsBuilt(passed=passed, built=built):
             return f"{passed} of {built} variants compute what torch does"
+        case Judged(run_id=run_id, devices=devices, passed=passed, judged=judged):
+            return f"{passed} of {judged} variants passed on {devices} devices, by run {run_id}"
         case Signed(version=version):
             return f"version {version[:12]}"
         case LeftOut(cause=cause):
             return f"left out: {cause}"
 
 
-def _wanted(plan: CompressionPlan, done: Mapping[Step, StepResult]) -> list[Step]:
-    steps = [Step.BUILD, Step.SIGN]
-    if not plan.int8:
+def _wanted(plan: RunPlan, done: Mapping[Step, StepResult]) -> list[Step]:
+    steps = [Step.BUILD, *[Step.JUDGE] * (plan.judge is not None), Step.SIGN]
+    if plan.compression is None or not plan.compression.int8:
         return steps
     if isinstance(done.get(Step.PROBE), LeftOut):  # there is nothing to ask
         return [Step.PROBE, *steps]

@@ -5,7 +5,7 @@ a broken download by ``Range`` with ``If-Range`` and can never get a mixture of 
 """
 
 from datetime import datetime
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cloud_coordinator.devices.authentication import device_or_admin, require_admin
 from cloud_coordinator.models.card import model_card
 from cloud_coordinator.models.catalogue import Catalogue
+from cloud_coordinator.models.descriptions import judgement_in
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import ModelVersionRow
 
@@ -53,6 +54,7 @@ class VersionView(BaseModel):
     parent: str | None
     ship: str | None
     variants: list[VariantView]
+    judgement: dict[str, Any] | None  # of devices, as `Judgement`; null where nobody judged it
 
 
 class NewNote(BaseModel):
@@ -154,4 +156,5 @@ def _view(row: ModelVersionRow) -> VersionView:
         parent=row.parent,
         ship=next((v.variant for v in variants if v.shipped), None),
         variants=variants,
+        judgement=msgspec.to_builtins(judgement_in(row)),
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cloud_coordinator.models.catalogue import PrivacySpent, VersionFacts
+from cloud_coordinator.models.judgement import Judgement
 from cloud_coordinator.rounds.clipping import PROMISED
 
 
@@ -18,6 +19,7 @@ def model_card(facts: VersionFacts) -> str:
         "## Task\n\n" + _table(_task(facts.plan["task"])),
         "## Training\n\n" + _training(facts),
         "## Measured\n\n" + _measured(facts),
+        "## Judged on devices\n\n" + _judged(facts.judgement),
         "## Privacy\n\n" + privacy_sentence(facts.privacy),
         "## Files\n\n" + _files(facts),
         "## Notes\n\n" + _notes(facts),
@@ -76,6 +78,23 @@ def _measured(facts: VersionFacts) -> str:
         return "Not measured while it was trained."
     figures = {name: f"{value:.4f}" for name, value in facts.metrics.items()}
     return "On held-out rows of the devices, after the last round:\n\n" + _table(figures)
+
+
+def _judged(judgement: Judgement | None) -> str:
+    if judgement is None:
+        return "No device judged these files before they were signed."
+    noise = "exactly" if judgement.noise == "none" else "with noise that the devices added"
+    head = (
+        f"{judgement.devices} devices ran the exact files on their held-out rows, compared with "
+        f"{judgement.reference}; their scores were summed {noise}.\n\n"
+        "| variant | gate | | found |\n| --- | --- | --- | --- |"
+    )
+    rows = [
+        f"| {judged.variant} | {v.gate} | {v.outcome} | {_cell(v.words)} |"
+        for judged in judgement.variants
+        for v in judged.verdicts
+    ]
+    return "\n".join([head, *rows])
 
 
 def _files(facts: VersionFacts) -> str:

@@ -13,14 +13,15 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from cloud_coordinator.database import Database
+from cloud_coordinator.models.descriptions import judgement_in
+from cloud_coordinator.models.judgement import Judgement
 from cloud_coordinator.models.tables import ModelVersionRow, VersionNoteRow
-from cloud_coordinator.runs.records import COMMITTED
+from cloud_coordinator.runs.records import COMMITTED, REPLIED
 from cloud_coordinator.runs.tables import ParticipationRow, RoundRow, RunRow
 from shared.errors import NotFoundError
 from shared.messages import utc_now
 from shared.secure_sum.accounting import gaussian_rdp
 
-_REPLIED = "replied"
 _EXAMPLES = "examples"  # the training statistic that counts rows
 
 
@@ -72,6 +73,7 @@ class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Mapping[str, float]  # on held-out rows, after the last round that was measured
     privacy: PrivacySpent
     variants: tuple[VariantFacts, ...]
+    judgement: Judgement | None  # of devices; None: nobody judged it
     notes: tuple[Note, ...]
 
 
@@ -164,7 +166,7 @@ def _facts(session: Session, row: ModelVersionRow) -> VersionFacts:
     ).all()
     devices = session.scalars(
         select(ParticipationRow.device_id)
-        .where(ParticipationRow.run_id == row.run_id, ParticipationRow.outcome == _REPLIED)
+        .where(ParticipationRow.run_id == row.run_id, ParticipationRow.outcome == REPLIED)
         .distinct()
     ).all()
     notes = session.scalars(
@@ -190,6 +192,7 @@ def _facts(session: Session, row: ModelVersionRow) -> VersionFacts:
         variants=tuple(
             msgspec.convert(variant, VariantFacts, from_attributes=True) for variant in row.variants
         ),
+        judgement=judgement_in(row),
         notes=tuple(msgspec.convert(note, Note, from_attributes=True) for note in notes),
     )
 

@@ -6,6 +6,7 @@ from importlib.metadata import version as installed_version
 
 import msgspec
 
+from cloud_coordinator.models.judgement import Judgement
 from cloud_coordinator.models.pipeline_messages import Built, VariantReport
 from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from shared.manifest import Artifact, Lineage, Manifest
@@ -46,6 +47,37 @@ def manifest_of(row: ModelVersionRow, plan: RunPlan, built: Built, *, now: datet
         golden=built.golden,
         lineage=lineage,
     )
+
+
+def judged_build(built: Built, judgement: Judgement) -> Built:
+    """Return a build whose variants have passed only if devices let them pass too."""
+    judged = {variant.variant for variant in judgement.variants}
+    objections = judgement.objections
+
+    def after(report: VariantReport) -> VariantReport:
+        cause = objections.get(report.variant, "")
+        if report.variant not in judged:
+            cause = "no device judged it: it is not among the smallest"
+        if not report.passed or not cause:
+            return report
+        return msgspec.structs.replace(report, passed=False, cause=cause)
+
+    return msgspec.structs.replace(
+        built, variants=tuple(map(after, built.variants)), ship=judgement.ship
+    )
+
+
+def judgement_in(row: ModelVersionRow) -> Judgement | None:
+    """Return what devices found of a version; None where nobody judged it."""
+    if row.judgement is None:
+        return None
+    return msgspec.json.decode(row.judgement, type=Judgement)
+
+
+def why_none(judgement: Judgement) -> str:
+    """Say which gates held back every variant of a version."""
+    each = "; ".join(f"{name}: {cause}" for name, cause in judgement.objections.items())
+    return f"no variant passed on the devices, compared with {judgement.reference}: {each}"
 
 
 def variant_rows(

@@ -15,12 +15,18 @@ from datetime import datetime
 from pathlib import Path
 
 import msgspec
-from sqlalchemy import select, update
+from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
 from cloud_coordinator.blobs import BlobStore
 from cloud_coordinator.database import Database, change_one
-from cloud_coordinator.models.descriptions import manifest_of, variant_rows
+from cloud_coordinator.models.descriptions import (
+    judged_build,
+    manifest_of,
+    variant_rows,
+    why_none,
+)
+from cloud_coordinator.models.judgement import Judgement
 from cloud_coordinator.models.lifecycle import VersionEvent, VersionState, next_state
 from cloud_coordinator.models.listing import KEPT_VERSIONS, Listing, needed, newest_first
 from cloud_coordinator.models.pipeline_child import run_pipeline
@@ -170,6 +176,36 @@ class ModelService:
         with self._database.transaction() as session:
             return _of_run(session, run_id)
 
+    def current_of(self, model: str) -> ModelVersionRow | None:
+        """Return the version of a model that devices should serve, with its variants."""
+        with self._database.transaction() as session:
+            return next(iter(session.scalars(_current(model))), None)
+
+    def judge(self, run_id: str, judgement: Judgement) -> None:
+        """Keep what devices found; variants that failed a gate are never signed.
+
+        Called again after that it changes nothing.
+
+        Raises:
+            NotFoundError: nothing was built of this run.
+            UnfitModelError: no variant passed; the version is rejected for good.
+            IllegalTransitionError: it is not there to be judged.
+        """
+        with self._database.transaction() as session:
+            row = _of_run(session, run_id)
+            if row.judgement is None:
+                self._judge(session, row, judgement)
+            cause = row.cause
+        if not judgement.ship:
+            raise UnfitModelError(cause)
+
+    def refuse(self, run_id: str, cause: str) -> None:
+        """Reject what was built of a run; raises as `judge`."""
+        with self._database.transaction() as session:
+            row = _of_run(session, run_id)
+            if row.state != VersionState.REJECTED:
+                _move(session, row, VersionEvent.GATES_FAILED, cause=cause)
+
     def manifest_bytes(self, version: str) -> bytes:
         """Return the sealed manifest; raise NotFoundError for an unknown version."""
         sealed = self.version(version).sealed
@@ -218,11 +254,7 @@ class ModelService:
     def make_current(self, session: Session, version: str) -> None:
         """Note that devices of a model should serve ``version``; the one before is superseded."""
         row = _by_digest(session, version)
-        current = select(ModelVersionRow).where(
-            ModelVersionRow.model == row.model,
-            ModelVersionRow.state == VersionState.CURRENT.value,
-        )
-        for other in session.scalars(current).all():
+        for other in session.scalars(_current(row.model)).all():
             _move(session, other, VersionEvent.REPLACED)
         _move(session, row, VersionEvent.MADE_CURRENT)
 
@@ -325,6 +357,27 @@ class ModelService:
             built_row = session.get_one(ModelVersionRow, row.run_id)
             self._listing.add(session, "candidates", built_row)
 
+    def _judge(self, session: Session, row: ModelVersionRow, judgement: Judgement) -> None:
+        built = judged_build(msgspec.json.decode(row.built or b"", type=Built), judgement)
+        reports = {report.variant: report for report in built.variants}
+        for variant in row.variants:
+            report = reports[variant.variant]
+            variant.shipped = variant.variant == built.ship
+            variant.passed, variant.cause = report.passed, report.cause
+            if not report.passed:
+                variant.sha256 = None  # nobody may download it
+        session.flush()
+        _move(
+            session,
+            row,
+            VersionEvent.JUDGED_FIT if judgement.ship else VersionEvent.GATES_FAILED,
+            cause="" if judgement.ship else why_none(judgement),
+            built=msgspec.json.encode(built),
+            judgement=msgspec.json.encode(judgement),
+        )
+        session.refresh(row)
+        self._listing.add(session, "candidates", row)
+
     def _sign(self, run_id: str, plan: RunPlan) -> str:
         with self._database.transaction() as session:
             row = _of_run(session, run_id)
@@ -379,6 +432,12 @@ def _by_digest(session: Session, version: str) -> ModelVersionRow:
             f"there is no model version {version[:80]!r}; 'shoal model list' shows all of them"
         )
     return row
+
+
+def _current(model: str) -> Select[ModelVersionRow]:
+    return select(ModelVersionRow).where(
+        ModelVersionRow.model == model, ModelVersionRow.state == VersionState.CURRENT.value
+    )
 
 
 def _of_run(session: Session, run_id: str) -> ModelVersionRow:

@@ -27,6 +27,7 @@ class ModelVersionRow(Base):
     parent: Mapped[str | None] = mapped_column(String(64), default=None)
     built: Mapped[bytes | None] = mapped_column(default=None)  # JSON of what a manifest will say
     sealed: Mapped[bytes | None] = mapped_column(default=None)  # the signed manifest
+    judgement: Mapped[bytes | None] = mapped_column(default=None)  # JSON; NULL: nobody judged it
 
     variants: Mapped[list["VariantRow"]] = relationship(
         order_by="VariantRow.position", cascade="all, delete-orphan", lazy="selectin"

@@ -14,11 +14,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from flwr.serverapp import Grid
 
 from shared.errors import PeerError
+from shared.judging import MAX_CANDIDATES, MAX_FACTS_BYTES, CandidateFacts
 from shared.npy import read_vector
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
 from shared.secure_sum.masking import Lanes
 from shared.secure_sum.messages import SignedAnswer, Stage, decode
+from shared.untrusted import NOT_JSON
 
 _CAUSE_LENGTH = 300
 _NODE_UNAVAILABLE = 5  # Flower's error code for a node that missed its heartbeats
@@ -47,6 +49,7 @@ class Reply:
     statistics: Mapping[str, float] = field(default_factory=dict)
     answer: SignedAnswer | None = None  # of a secure sum; only its form is checked
     lanes: Lanes | None = field(default=None, repr=False)  # read-only
+    facts: tuple[CandidateFacts, ...] = ()  # of judged files, on that machine
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +146,27 @@ class Exchange:
         contents = _with_configs(base, node_ids, configs)
         return self._push(f"{MessageType.QUERY}.statistics", contents, round_number, ttl_s)
 
+    def ask_to_judge(
+        self,
+        question: bytes,
+        files: Sequence[bytes],
+        node_ids: Sequence[int],
+        *,
+        round_number: int,
+        ttl_s: float,
+        configs: Mapping[int, bytes],
+    ) -> dict[int, str]:
+        """Ask nodes how good ``files`` are on their held-out rows; as `ask_to_train`.
+
+        ``question`` is JSON.
+        """
+        base: Records = {
+            "question": ConfigRecord({"json": question.decode()}),
+            "files": ArrayRecord([np.frombuffer(file, np.uint8) for file in files]),
+        }
+        contents = _with_configs(base, node_ids, configs)
+        return self._push(f"{MessageType.QUERY}.judge", contents, round_number, ttl_s)
+
     def ask_stage(
         self,
         stage: Stage,
@@ -203,7 +227,12 @@ def _read(message: Message) -> Reply:
         return Reply(message_id, failure=_in_words(message.error), gone=code == _NODE_UNAVAILABLE)
     try:
         if (record := message.content.config_records.get("sum")) is not None:
-            return Reply(message_id, answer=_answer_in(record), lanes=_lanes_in(message.content))
+            return Reply(
+                message_id,
+                answer=_answer_in(record),
+                lanes=_lanes_in(message.content),
+                facts=_facts_in(message.content),
+            )
         return Reply(
             message_id,
             parameters=_parameters_in(message.content),
@@ -244,6 +273,22 @@ def _answer_in(record: ConfigRecord) -> SignedAnswer:
     if not isinstance(answer, bytes):
         raise PeerError("the reply holds no answer to a secure sum")
     return decode(answer, SignedAnswer)
+
+
+def _facts_in(content: RecordDict) -> tuple[CandidateFacts, ...]:
+    record = content.config_records.get("facts")
+    if record is None:
+        return ()
+    text = record.get("json")
+    if not isinstance(text, bytes) or len(text) > MAX_FACTS_BYTES:
+        raise PeerError("the reply's facts are none, or too many")
+    try:
+        facts = msgspec.json.decode(text, type=tuple[CandidateFacts, ...])
+    except NOT_JSON as error:
+        raise PeerError(f"the reply's facts cannot be read: {error}") from error
+    if len(facts) > MAX_CANDIDATES:
+        raise PeerError(f"the reply has facts of {len(facts)} files")
+    return facts
 
 
 def _lanes_in(content: RecordDict) -> Lanes | None:

@@ -3,6 +3,7 @@
 import math
 
 from cloud_coordinator.rounds.clipping import PROMISED, central_charge
+from shared.judging import Candidate, JudgeQuestion, Scorecard
 from shared.privacy_plan import ROBUST, Layout, trimmed_groups
 from shared.run_plan import RunPlan
 from shared.secure_sum.accounting import gaussian_rdp
@@ -28,12 +29,12 @@ def explain(plan: RunPlan, *, length: int | None = None) -> list[str]:
             "owners: their policies must say individual_updates = true",
         ]
     layout = plan.layout()
-    if plan.statistics is not None:
+    if plan.asks:
         return [
             _devices(plan, layout),
             _tolerance(layout),
             _anonymity(layout),
-            *_noise_of_answers(plan, plan.statistics, layout),
+            *(_noise_of_answers(plan, plan.statistics, layout) if plan.statistics else ()),
             _owners(plan, layout),
         ]
     return [
@@ -44,6 +45,7 @@ def explain(plan: RunPlan, *, length: int | None = None) -> list[str]:
         *_noise(plan, layout),
         _poisoning(plan, layout),
         *_ranges(plan),
+        *_judging(plan),
         _owners(plan, layout),
     ]
 
@@ -168,6 +170,35 @@ def _ranges(plan: RunPlan) -> list[str]:
         f"{what}for about ε = {epsilon:.3g} at δ = {asked.privacy.delta:g}; noise moves each of "
         f"{_USUAL_RANGES} ranges by about ±{moved:.2g} octaves"
         + ("" if moved <= MOST_NOISE else f", more than the {MOST_NOISE:g} that leave it any use")
+    ]
+
+
+def _judging(plan: RunPlan) -> list[str]:
+    """Say what judging costs the devices, and whether noise lets it decide anything."""
+    if plan.judge is None:
+        return []
+    judge, candidates = plan.judge, plan.judge.candidates + 1  # the current version's file too
+    names = [Candidate(name=f"file-{number}", sha256="0" * 64) for number in range(candidates)]
+    question = JudgeQuestion(
+        candidates=tuple(names), reference="file-0", max_rows=judge.max_rows, bins=judge.bins
+    )
+    asked = plan.judging(question)
+    what = f"judging: up to {candidates} files on held-out rows, in a run of their own, "
+    if judge.is_exact:
+        return [what + "exactly, so owners' policies must say exact_sums = true"]
+    shares = asked.cohort.size / asked.layout().honest_survivors
+    sigma = asked.privacy.noise_multiplier * Scorecard(question).norm * math.sqrt(shares)
+    moved = judge.reach * sigma / asked.cohort.size
+    epsilon = gaussian_rdp(asked.privacy.noise_multiplier).epsilon(asked.privacy.delta)
+    return [
+        f"{what}for about ε = {epsilon:.3g} at δ = {asked.privacy.delta:g} of them; noise moves "
+        f"what a file gains or loses by about ±{moved:.2g} of a score"
+        + (
+            ""
+            if moved < judge.max_loss
+            else f", so no loss near judge.max_loss {judge.max_loss:g} can be decided: ask more "
+            "devices, judge fewer candidates, or write noise = 'none'"
+        )
     ]
 
 

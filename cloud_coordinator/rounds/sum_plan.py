@@ -118,6 +118,29 @@ def statistics_spec(
     )
 
 
+def judge_spec(
+    plan: RunPlan, *, length: int, norm: float, question_digest: str, base_digest: str
+) -> SumQuestionSpec:
+    """Ask for scorecards.
+
+    Args:
+        plan: of the run.
+        length: `Scorecard.length`.
+        norm: `Scorecard.norm`.
+        question_digest: of the question.
+        base_digest: of the files that are judged.
+    """
+    noised = plan.privacy.noise == "distributed"
+    return SumQuestionSpec(
+        purpose="evaluate",
+        length=length,
+        clip_norm=norm if noised else _ROOM * norm,
+        task_digest=plan.task.digest,
+        question_digest=question_digest,
+        base_digest=base_digest,
+    )
+
+
 def exact_lane(name: str, bound: float) -> ExactLane:
     """Return a lane for a sum over at most `MAX_EXAMPLES` examples, each of at most ``bound``."""
     # A power of two keeps whole numbers exact.

@@ -20,6 +20,7 @@ from cloud_coordinator.rounds.stage import Stage as FlowerStage
 from cloud_coordinator.rounds.sum_session import GroupSum, Session
 from cloud_coordinator.rounds.worker_messages import Participation, WaitingForDevices
 from shared.errors import ConfigError, PeerError, QuorumError, ShoalError
+from shared.judging import CandidateFacts
 from shared.secure_sum.config import Purpose, SumConfig, digest_of, encode_config
 from shared.secure_sum.lifecycle import ServerState
 from shared.secure_sum.masking import Lanes
@@ -138,6 +139,7 @@ class SumWork:
         ids = {devices[node]: message_id for node, message_id in message_ids.items()}
         whose = {message_id: device for device, message_id in ids.items()}
         sessions = {d: s for s in self._sessions for d in groups[s.group]}
+        facts: dict[str, tuple[CandidateFacts, ...]] = {}
         collections = SideBySide(
             [
                 Collection(
@@ -158,12 +160,16 @@ class SumWork:
             if reply.answer is None:
                 raise PeerError("the reply holds no answer to a secure sum")
             self._advertised(sessions[device], device, reply.answer)
+            facts[device] = reply.facts
             return 0
 
         stage = FlowerStage(self._parts, round_number=question.round_number, name=question.stage)
         stage.run(collections, fold)
         for part in collections.parts:
-            self._taken |= {p.device_id: p for p in part.close(host.seconds())}
+            for taken in part.close(host.seconds()):
+                name = taken.device_id
+                told = msgspec.structs.replace(taken, facts=facts.get(name, ()))
+                self._taken[name] = told
         self._seconds[question.stage] = host.seconds() - started_s
 
     def _advertised(self, session: Session, name: str, answer: SignedAnswer) -> None:

@@ -14,6 +14,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from cloud_coordinator.rounds.aggregation import STRATEGIES, ModelState
+from cloud_coordinator.rounds.asked_judgement import AskedJudgement
 from cloud_coordinator.rounds.asked_statistics import AskedStatistics
 from cloud_coordinator.rounds.asking_run import AskingRun
 from cloud_coordinator.rounds.checkpoint import load_state, save_state
@@ -65,6 +66,8 @@ def build_server_app(host: RunHost) -> ServerApp:
 def _run_of(host: RunHost, exchange: Exchange) -> "AskingRun | TrainingRun":
     if host.plan.statistics is not None:
         return AskingRun(host, exchange, AskedStatistics(host.plan, host.blobs))
+    if host.plan.judgement is not None:
+        return AskingRun(host, exchange, AskedJudgement(host.plan, host.blobs))
     return TrainingRun(host, exchange)
 
 

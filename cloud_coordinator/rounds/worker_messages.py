@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from shared.judging import CandidateFacts
 from shared.messages import RelayedStage
 from shared.run_plan import RunPlan
 from shared.statistics.vectors import Answer
@@ -111,6 +112,7 @@ class Participation(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float | None = None  # from push to fold, by the worker's clock
     bytes_down: int = 0
     bytes_up: int = 0
+    facts: tuple[CandidateFacts, ...] = ()  # of files that the device judged
 
 
 class GroupSecrecy(msgspec.Struct, frozen=True, kw_only=True):

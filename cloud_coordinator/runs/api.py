@@ -1,6 +1,6 @@
 """Routes for runs: start, watch and stop them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, cast
 
@@ -31,7 +31,7 @@ class RunView(BaseModel):
     created_at: datetime
     ended_at: datetime | None
     model_version: str | None
-    purpose: Literal["train", "statistics"]
+    purpose: Literal["train", "statistics", "judge"]
     doing: str  # right now, as a sentence
     waiting: str  # the same, while it waits for devices
 
@@ -134,10 +134,16 @@ def _view(row: RunRow, progress: Progress | None) -> RunView:
         created_at=row.created_at,
         ended_at=row.ended_at,
         model_version=row.model_version,
-        purpose="statistics" if row.plan.get("statistics") else "train",
+        purpose=_purpose_of(row.plan),
         doing=doing,
         waiting=doing if progress and progress.doing == "waiting" else "",
     )
+
+
+def _purpose_of(plan: Mapping[str, Any]) -> Literal["train", "statistics", "judge"]:
+    if plan.get("statistics"):
+        return "statistics"
+    return "judge" if plan.get("judgement") else "train"
 
 
 def _details_view(details: RunDetails, progress: Progress | None) -> RunDetailsView:

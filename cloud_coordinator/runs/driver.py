@@ -139,7 +139,7 @@ class RunDriver:
                 await self._move(RunEvent.BROKE, cause=cause)
             case Stopped(cause):
                 await self._move(RunEvent.STOP_ASKED, cause=cause)
-            case _ if self._plan.statistics is not None:
+            case _ if self._plan.asks:
                 await self._move(RunEvent.ANSWERED)
             case _:
                 await self._export()
@@ -159,8 +159,8 @@ class RunDriver:
         return RoundsDone()
 
     async def _is_answered(self) -> bool:
-        """Return whether the run asks for statistics, and an earlier session got the answers."""
-        if self._plan.statistics is None:
+        """Return whether the run only asks, and an earlier session got the answers."""
+        if not self._plan.asks:
             return False
         start = await asyncio.to_thread(self._parts.session.records.starting_point, self.run_id)
         return start.rounds_committed > 0
@@ -229,7 +229,7 @@ class RunDriver:
         )
         for attempt in itertools.count(1):
             try:
-                if self._plan.compression is not None:
+                if self._plan.compression is not None or self._plan.judge is not None:
                     return await self._parts.compressions.conduct(job)
                 return await self._parts.models.build_version(
                     run_id=job.run_id,

@@ -21,6 +21,7 @@ from cloud_coordinator.runs.tables import InvitationRow, ParticipationRow, Round
 from shared.errors import NotFoundError
 from shared.run_plan import RunPlan
 
+REPLIED = "replied"  # outcome of a participation whose vector counts
 COMMITTED = "committed"
 _KEPT_ROUNDS = 2  # committed rounds of each run whose blobs stay on the disk
 
@@ -158,7 +159,10 @@ class RunRecords:
                 ParticipationRow(
                     run_id=run_id,
                     round_number=record.round_number,
-                    **msgspec.structs.asdict(participation),
+                    **{
+                        **msgspec.structs.asdict(participation),
+                        "facts": msgspec.to_builtins(participation.facts) or None,
+                    },
                 )
                 for participation in record.participations
             )

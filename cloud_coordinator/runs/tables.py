@@ -65,6 +65,10 @@ class ParticipationRow(Base):
     seconds: Mapped[float | None] = mapped_column(default=None)
     bytes_down: Mapped[int] = mapped_column(BigInteger, default=0)
     bytes_up: Mapped[int] = mapped_column(BigInteger, default=0)
+    # Each a `shared.judging.CandidateFacts`; NULL where the device judged no files.
+    facts: Mapped[list[dict[str, Any]] | None] = mapped_column(
+        JSON(none_as_null=True), default=None
+    )
 
 
 class InvitationRow(Base):

@@ -21,7 +21,6 @@ from shared.tasks.examples import Examples
 DEFAULT_REACH = 4.0  # octaves to either side of a centre
 MOST_NOISE = 1.0  # octaves of standard error; more hides what a range is
 MAX_COLUMNS = 100  # each costs a statistic of its own
-MAX_PROBE_BYTES = 256 * 1024 * 1024
 Side = Literal["low", "high"]
 
 

@@ -26,6 +26,7 @@ What the training side promises in return:
 The shortest whole example is tests/example_task/two_moons.py.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -108,6 +109,18 @@ class Task(ABC):
     @abstractmethod
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn added statistics into metrics: ``loss`` and `primary_metric` at least."""
+
+    def score(self, sums: Mapping[str, float]) -> float:
+        """Return how good added statistics of at least one example are, in [0, 1].
+
+        By default the `primary_metric`, cut off at both ends, or of one that should be low
+        1 / (1 + loss). What is no number is 0.
+        """
+        summary = self.summarize(sums)
+        value = summary[self.primary_metric]
+        if not self.higher_is_better:
+            value = 1 / (1 + max(0.0, summary["loss"]))
+        return min(1.0, max(0.0, value)) if math.isfinite(value) else 0.0
 
     @abstractmethod
     def example_inputs(self, rng: np.random.Generator, rows: int) -> NDArray[Any]:

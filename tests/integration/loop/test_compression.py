@@ -1,4 +1,4 @@
-"""Static int8 from real devices' ranges: from a plan to the files that agents can choose from."""
+"""From real devices' ranges and judgement to the files that agents can choose from."""
 
 import json
 import os
@@ -21,6 +21,7 @@ POLICY = "min_cohort = 5\nexact_sums = true\n"
 PROGRAMS = f"{os.environ['PATH']}:/usr/sbin"
 DEADLINE_S = 150.0
 ENDED = {"finished", "failed", "stopped"}
+STEPS = ["probe", "calibrate", "build", "judge", "sign"]
 STATIC = {"int8-vnni", "int8-x86", "int8-arm"}
 SPEC = TaskSpec(
     "pumps",
@@ -38,7 +39,7 @@ SPEC = TaskSpec(
 )
 
 
-def plan(name: str) -> dict[str, Any]:
+def plan(name: str, **judge: Any) -> dict[str, Any]:
     return {
         "name": name,
         "task": {"name": SPEC.name, "uses": SPEC.uses, "options": SPEC.options},
@@ -47,6 +48,7 @@ def plan(name: str) -> dict[str, Any]:
         "cohort": {"size": 5},
         "privacy": {"at_least": 4, "drop_fraction": 0.2},
         "compression": {"int8": True, "calibration_noise": "none", "calibration_max_rows": 100},
+        "judge": {"noise": "none", "min_devices": 4, "max_latency_ratio": 20, **judge},
     }
 
 
@@ -121,11 +123,17 @@ def test_ranges_become_static_int8_although_the_coordinator_is_killed_in_between
     run = wait_for_state(fleet, run_id, ENDED)
     assert run["state"] == "finished", run["cause"]
     job = job_of(fleet, run_id)
-    assert [step["step"] for step in job["steps"]] == ["probe", "calibrate", "build", "sign"]
+    assert [step["step"] for step in job["steps"]] == STEPS
     assert job["steps"][1]["result"] == f"measured by run {run_id}-calibrate"
-    asked = [r["run_id"] for r in fleet.get("/v1/runs") if r["purpose"] == "statistics"]
-    assert asked == [f"{run_id}-calibrate"]
+    asked = {r["run_id"]: r["purpose"] for r in fleet.get("/v1/runs") if r["purpose"] != "train"}
+    assert asked == {f"{run_id}-calibrate": "statistics", f"{run_id}-judge": "judge"}
     version = fleet.get(f"/v1/models/{run['model_version']}")
+    judgement = version["judgement"]
+    assert judgement["devices"] >= 4
+    assert judgement["reference"] == "its own fp32 file"
+    judged = {each["variant"]: each["verdicts"] for each in judgement["variants"]}
+    assert set(judged) == {v["variant"] for v in version["variants"]}
+    assert version["ship"] in judged
     static = {v["variant"]: v for v in version["variants"] if v["variant"] in STATIC}
     assert set(static) == STATIC
     for variant in static.values():
@@ -140,10 +148,45 @@ def test_ranges_become_static_int8_although_the_coordinator_is_killed_in_between
     fleet.wait_for("all agents to serve the version", all_serve, deadline_s=DEADLINE_S)
 
 
+def test_a_version_that_is_worse_on_the_devices_is_held_back_and_named(
+    fleet: LocalFleet,
+) -> None:
+    """It learned next to nothing, and computes that perfectly."""
+    before = {d["device_id"]: d["reported"] for d in fleet.get("/v1/devices")}
+    bad = {**plan("pumps"), "name": "hasty", "seed": 3}
+    bad["compression"] = {"int8": False}
+    bad["training"] = {"learning_rate": 1e-9}
+    run_id = fleet.post("/v1/runs", bad)["run_id"]
+
+    run = wait_for_state(fleet, run_id, ENDED)
+    assert run["state"] == "failed"
+    (served,) = {r["serving_version"] for r in before.values()}
+    assert f"no variant passed on the devices, compared with version {served[:12]}" in run["cause"]
+    assert "fp32: score: it loses" in run["cause"]
+    job = job_of(fleet, run_id)
+    assert [step["step"] for step in job["steps"]] == ["build"]
+    for judged in job["judgement"]["variants"]:
+        assert "fail" in {verdict["outcome"] for verdict in judged["verdicts"]}
+    after = {d["device_id"]: d["reported"] for d in fleet.get("/v1/devices")}
+    assert {r["serving_version"] for r in after.values()} == {served}
+    shown = fleet.command(
+        "cloud_coordinator", "compression", "show", run_id, "--home", str(fleet.coordinator_home)
+    )
+    for words in ("judged on", f"version {served[:12]}", "score", "it loses"):
+        assert words in shown
+
+
 def test_the_commands_show_what_was_done(fleet: LocalFleet) -> None:
     home = ("--home", str(fleet.coordinator_home))
-    (job,) = json.loads(fleet.command("cloud_coordinator", "compression", "list", "--json", *home))
+    jobs = json.loads(fleet.command("cloud_coordinator", "compression", "list", "--json", *home))
+    job = jobs[-1]
     shown = fleet.command("cloud_coordinator", "compression", "show", job["run_id"], *home)
-    for words in ("ranges of", "measured by run", "compute what torch does", "version"):
+    for words in (
+        "ranges of",
+        "measured by run",
+        "compute what torch does",
+        "passed on",
+        "version",
+    ):
         assert words in shown
     assert job["run_id"] in fleet.command("cloud_coordinator", "compression", "list", *home)

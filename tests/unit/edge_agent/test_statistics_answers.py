@@ -4,60 +4,44 @@ import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from cloud_coordinator.rounds.sum_plan import SumOccasion, make_config, statistics_spec
 from edge_agent import training_app
-from edge_agent.data_registry import DataRegistry
-from edge_agent.local_data import check_data
 from edge_agent.secure_sums import SecureSums
-from edge_agent.training_app import build_client_app, load_from_home
+from edge_agent.training_app import load_from_home
 from shared.errors import PeerError, PolicyError, UnfitModelError
 from shared.messages import utc_now
 from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan
-from shared.secure_sum.config import CONFIG_PAYLOAD_TYPE, SumConfig, encode_config
+from shared.secure_sum.config import SumConfig
 from shared.secure_sum.encoding import decode_sum
 from shared.secure_sum.messages import SignedAnswer, decode
 from shared.secure_sum.messages import encode as encode_message
 from shared.secure_sum.questions import statistics_question
-from shared.signing import seal
 from shared.statistics.probes import Probe, ProbeColumn, contract_of_probe
 from shared.statistics.questions import Count, Histogram, Mean, StatisticsQuestion
 from shared.statistics.vectors import StatisticsVector
 from shared.tasks.contract import DataContract, Feature
 from shared.tasks.examples import Examples
-from shared.tasks.spec import TaskSpec
-from tests.enrolled_homes import FLEET, EnrolledHomes, enrol_homes
+from tests.enrolled_homes import FLEET
+from tests.unit.edge_agent.asked_device import NAMES, POLICY, PUMPS, AskedDevice
 from tests.unit.edge_agent.sum_fleet import NOW, SERVER_KEY, Fleet, Session, open_at, refusal
 
-PUMPS = TaskSpec(
-    "pumps",
-    "tabular",
-    {
-        "kind": "classification",
-        "features": [{"name": "pressure", "minimum": 0, "maximum": 1}],
-        "target": "state",
-        "labels": ["ok", "failed"],
-    },
-)
 CONTRACT = DataContract(
     sources=("csv",),
     features=(Feature(name="pressure", minimum=0, maximum=1),),
     labels=("ok", "failed"),
 )
 QUESTION = StatisticsQuestion(of=(Count(), Mean(feature="pressure")), max_rows=100)
-POLICY = "min_cohort = 4\nexact_sums = true\n"
-NAMES = tuple(f"edge-{number}" for number in range(6))
 
 
 def config_for(
@@ -106,43 +90,7 @@ def config_for(
 # --- the ClientApp -------------------------------------------------------------------------------
 
 
-class Device:
-    """One enrolled device with a hundred rows, and the coordinator that asks it."""
-
-    def __init__(self, home: Path) -> None:
-        rows = "\n".join(f"{number / 100},ok" for number in range(100))
-        (home / "pumps.csv").write_text(f"pressure,state\n{rows}\n")
-        now = datetime(2026, 11, 1, tzinfo=UTC)
-        DataRegistry(home).add(check_data("mine", home / "pumps.csv", PUMPS, now=now))
-        self.home = home
-        others: Mapping[str, Path] = {name: home / name for name in NAMES[1:]}
-        self.enrolled: EnrolledHomes = enrol_homes({NAMES[0]: home, **others}, policy=POLICY)
-        self.sums = SecureSums(home)
-        self.app = build_client_app(load_from_home, sums_of=lambda _: self.sums)
-
-    def ask(self, config: SumConfig | None, text: str, *, model: bytes | None = None) -> Message:
-        content = RecordDict({"statistics": ConfigRecord({"json": text})})
-        if model is not None:
-            content["model"] = ArrayRecord([np.frombuffer(model, np.uint8)])
-        if config is not None:
-            key, payload = self.enrolled.command_key, encode_config(config)
-            sealed = seal(payload, payload_type=CONFIG_PAYLOAD_TYPE, key=key)
-            content["sum"] = ConfigRecord({"config": sealed})
-        return self.app(Message(content, 2, "query.statistics"), self.context())
-
-    def context(self) -> Context:
-        return Context(
-            run_id=1,
-            node_id=2,
-            node_config={"home": str(self.home), "data": "mine"},
-            state=RecordDict(),
-            run_config={"task": msgspec.json.encode(PUMPS).decode()},
-        )
-
-    def train_inputs(self) -> NDArray[np.float32]:
-        inputs: NDArray[np.float32] = load_from_home(self.context()).train.inputs
-        return inputs
-
+class Device(AskedDevice):
     def refusal(self, config: SumConfig | None, text: str = "") -> str:
         return str(self.ask(config, text or text_of(QUESTION)).error.reason)
 
@@ -414,7 +362,7 @@ def test_a_model_that_fails_on_the_rows_gives_zeros_and_no_word(
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (None, "holds no model to ask about"),
+        (None, "0 models came along, and 1 are asked about"),
         (b"another", "not the one that is asked about"),
     ],
 )
