@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import IO
 
 from edge_agent.inference.trial import CHILD_ENV, describe_exit
 from shared.errors import StoppedError, UnavailableError
@@ -54,20 +56,29 @@ def run_apart(
     except OSError as error:
         raise UnavailableError(f"cannot start {module}: {error}; free some memory") from error
     deadline = time.monotonic() + time_limit_s
-    given: bytes | None = asked
+    # Not by `communicate`: after its first time-out it never writes what is left of the input.
+    pipe, process.stdin = process.stdin, None
+    writer = threading.Thread(target=_feed, args=(pipe, asked), daemon=True)
+    writer.start()
     try:
         while time.monotonic() < deadline:
             if should_stop():
                 raise StoppedError("measuring was stopped")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                out, _ = process.communicate(given, timeout=_POLL_S)
+                out, _ = process.communicate(timeout=_POLL_S)
                 return Ended(out, describe_exit(process.returncode))
-            given = None  # it is taken from the first call
         _kill(process)
         out, _ = process.communicate()
         return Ended(out, f"took more than {time_limit_s:g} seconds")
     finally:
         _end(process)
+        writer.join()  # nobody reads any more, so it ends at once
+
+
+def _feed(pipe: "IO[bytes] | None", content: bytes) -> None:
+    assert pipe is not None
+    with contextlib.suppress(OSError), pipe:  # whoever does not read it says so by ending
+        pipe.write(content)
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
@@ -79,7 +90,5 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is None:
         _kill(process)
         process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # what was left in it goes nowhere
-                pipe.close()
+    if process.stdout is not None:
+        process.stdout.close()

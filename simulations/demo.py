@@ -1,11 +1,11 @@
 """The whole loop on this machine, with real parts: what ``make demo`` runs.
 
 A coordinator and its agents start as separate processes; each agent owns a skewed part of a real
-data set; they train together, the result is exported, compressed, signed, delivered, self-tested
-and served, by one agent first and then by all; then the same test images go to each agent's
-endpoint. At last a version that is far too slow is rolled out on purpose, and turned back by
-itself. Started again on the same folder, the demo goes on with the devices, and with the run, that
-are there.
+data set; they train together, the result is exported, compressed with ranges that they measured,
+judged by them, signed, delivered, self-tested and served, by one agent first and then by all; then
+the same test images go to each agent's endpoint. At last a version that is far too slow is rolled
+out on purpose, and turned back by itself. Started again on the same folder, the demo goes on with
+the devices, and with the run, that are there.
 """
 
 import signal
@@ -26,8 +26,10 @@ from edge_agent.enrolment import is_enrolled
 from edge_agent.local_data import check_data
 from edge_agent.privacy.policy import POLICY_FILE
 from edge_agent.training import evaluate
+from shared.compression_plan import CompressionPlan
 from shared.errors import ConfigError, DataError, UnavailableError
 from shared.files import explained_disk_errors, make_folder, write_atomic
+from shared.judge_plan import JudgePlan
 from shared.messages import utc_now
 from shared.privacy_plan import PrivacyPlan
 from shared.rollout_plan import RolloutPlan, WavePlan
@@ -246,11 +248,13 @@ class _Demo:
                 size=agents, quorum=MIN_COHORT, recruit_deadline_s=60, round_deadline_s=120
             ),
             privacy=PrivacyPlan(at_least=MIN_COHORT - 1, max_weight=MAX_WEIGHT),
+            compression=CompressionPlan(calibration_noise="none", calibration_max_rows=200),
+            judge=JudgePlan(noise="none", max_rows=300),
             rollout=ROLLOUT,
         )
 
     def _slow_plan(self) -> RunPlan:
-        """One round of hardly any training: the network is correct, and far too slow."""
+        """One round of hardly any training, which no device judges: correct, and far too slow."""
         return msgspec.structs.replace(
             self._plan(),
             name="demo-too-slow",
@@ -258,11 +262,14 @@ class _Demo:
             rounds=1,
             training=TrainingPlan(max_batches=1, learning_rate=0.001),
             evaluate=False,
+            compression=None,
+            judge=None,
         )
 
     def _await_version(self, run: Mapping[str, Any]) -> Mapping[str, Any]:
         version: Mapping[str, Any] = self.fleet.get(f"/v1/models/{run['model_version']}")
         self.console.print(demo_view.variants_table(version))
+        self.console.print(demo_view.judgement_table(version["judgement"]))
         return version
 
     def _await_rollout(self, version: str, *, ends_as: str) -> Mapping[str, Any]:
@@ -287,7 +294,7 @@ class _Demo:
         """Roll out a version that is too slow, and watch it go back by itself."""
         self.console.print(
             "Now a bad version, on purpose: a network that is far too slow, and hardly trained.\n"
-            "Nobody stops it by hand."
+            "No device judges it beforehand, and nobody stops it by hand."
         )
         for name in self.names:  # the owners agree to it, as they must
             self._add_data(name, self.slow_task)

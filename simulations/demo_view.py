@@ -64,16 +64,41 @@ def variants_table(version: Mapping[str, Any]) -> Table:
     _add_columns(table, left=("parity", ""))
     full = next(v["size_bytes"] for v in version["variants"] if v["variant"] == "fp32")
     fastest = min(v["latency_p50_us"] for v in version["variants"] if v["passed"])
+    judged = {v["variant"] for v in (version["judgement"] or {"variants": ()})["variants"]}
     for variant in version["variants"]:
         latency = variant["latency_p50_us"]  # null where the variant never ran
+        right = variant["passed"] or variant["variant"] in judged
         table.add_row(
             variant["variant"],
             f"{variant['size_bytes']:,}" if variant["size_bytes"] else "-",
             f"{full / variant['size_bytes']:.2f}" if variant["size_bytes"] else "-",
             f"{latency:.0f} µs" if latency else "-",
             f"{latency / fastest:.2f}" if latency else "-",
-            "passed" if variant["passed"] else f"failed: {variant['cause']}",
+            "passed" if right else f"failed: {variant['cause']}",
             "[bold green]shipped[/]" if variant["variant"] == version["ship"] else "",
+        )
+    return table
+
+
+def judgement_table(judgement: Mapping[str, Any]) -> Table:
+    """Show how each variant fared on the agents' own rows, and which gate held it back."""
+    scores = {answer["feature"]: answer["values"] for answer in judgement["answers"]}
+    mean = next(values["mean"] for values in scores.values() if "mean" in values)
+    table = _table(
+        f"Judged by {judgement['devices']} agents on held-out images, summed; against "
+        f"{judgement['reference']}",
+        left=("variant",),
+        right=("accuracy", "worst\ntenth"),
+    )
+    _add_columns(table, left=("",))
+    for judged in judgement["variants"]:
+        values = scores[judged["variant"]]
+        objections = [v for v in judged["verdicts"] if v["outcome"] != "pass"]
+        table.add_row(
+            judged["variant"],
+            f"{mean + values.get('gain', 0.0):.2%}",
+            f"{values['worst_decile']:.1%}",
+            "; ".join(f"[yellow]{v['gate']}[/]: {v['words']}" for v in objections) or "passed",
         )
     return table
 

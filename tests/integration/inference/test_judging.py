@@ -121,6 +121,12 @@ def test_nothing_of_the_rows_touches_the_disk(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_rows_than_a_pipe_holds_arrive_although_the_process_is_slow_to_start() -> None:
+    rows = np.tile(ROWS, (1000, 1))
+    found = try_files(named("good"), [GOOD.content], ROWS[:8], rows, time_limit_s=DEADLINE_S)
+    assert found.outputs["good"].shape == (len(rows), CLASSES)
+
+
 def test_a_device_without_rows_says_what_files_cost_and_nothing_else() -> None:
     question = JudgeQuestion(candidates=named("fp32"), reference="fp32", max_rows=100, labels=3)
     empty = Examples(ROWS[:0], TARGETS[:0])
