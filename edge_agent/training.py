@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Self
 
@@ -44,6 +45,16 @@ class DivergedError(ConfigError):
     """Training left the finite numbers. Whoever chose the parameters may have meant it to."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Teacher:
+    """A trained network whose answers a student learns beside the labels."""
+
+    task: Task  # of the teacher's network
+    parameters: Vector  # shape (e,)
+    temperature: float
+    weight: float  # of its word, in [0, 1]
+
+
 def train(
     task: Task,
     parameters: Vector,
@@ -51,6 +62,7 @@ def train(
     plan: TrainingPlan,
     *,
     seed: int,
+    teacher: Teacher | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     device: str = "cpu",
 ) -> Update:
@@ -62,11 +74,12 @@ def train(
         examples: at least one.
         plan: epochs, batches, step size.
         seed: decides the order of examples and what else is random in the network (dropout).
+        teacher: whom the network learns from besides; None: nobody.
         should_stop: asked before each batch.
         device: a torch device; results on a GPU may differ in the last digits.
 
     Raises:
-        PeerError: ``parameters`` are not those of this task's network.
+        PeerError: ``parameters``, or the teacher's, are not those of their task's network.
         StoppedError: ``should_stop`` said so.
         DivergedError: the update is not finite; said at the end, so that the time that it took says
             nothing.
@@ -76,13 +89,13 @@ def train(
         raise ValueError("there is nothing to train on")
     with _own_randomness(seed, device):
         model = _build(task, parameters, device).train()
-        step = _Sgd(model, plan)
+        step, loss_of = _Sgd(model, plan), _loss_of(task, teacher, device)
         loss_sum, seen = 0.0, 0
         for rows in _batches(len(examples), plan, np.random.default_rng(seed)):
             if should_stop():
                 raise StoppedError("training was stopped")
             inputs, targets = _tensors(task, examples.take(rows), device)
-            loss = task.loss(model(inputs), targets)
+            loss = loss_of(inputs, model(inputs), targets)
             loss_sum += float(loss.detach()) * len(targets)
             seen += len(targets)
             model.zero_grad()
@@ -127,6 +140,23 @@ def score(task: Task, outputs: Vector, targets: NDArray[Any]) -> float:
         targets: shape (n,).
     """
     return task.score(task.measure(torch.tensor(outputs), torch.tensor(targets)))
+
+
+def _loss_of(
+    task: Task, teacher: Teacher | None, device: str
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the loss of a batch from its inputs, the network's outputs, and its targets."""
+    if teacher is None:
+        return lambda _, outputs, targets: task.loss(outputs, targets)
+    model = _build(teacher.task, teacher.parameters, device).eval()
+    distil = partial(task.distil_loss, temperature=teacher.temperature, weight=teacher.weight)
+
+    def loss(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = model(inputs)
+        return distil(outputs, taught, targets)
+
+    return loss
 
 
 class _Sgd:

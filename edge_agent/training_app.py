@@ -4,7 +4,9 @@ It uses Flower's public Message API only, so the same app runs in our warm train
 SuperNodes and in Flower's simulation engine, and gives the same parameters there.
 
 A train message holds the records ``parameters`` (one float32 vector) and ``plan`` (``json``: a
-`TrainingPlan`; ``round``, ``seed``, ``min_examples``); an evaluate message ``parameters``; a
+`TrainingPlan`; ``round``, ``seed``, ``min_examples``), an evaluate message ``parameters``; where
+another network of the task is meant, both hold ``student`` (``json``: a `StudentPlan`) and, where
+it learns from a trained one, ``teacher`` (its parameters). A
 ``query.statistics`` message ``statistics`` (``json``: a `StatisticsQuestion`) and, where that is
 about the inside of a model, ``model`` (its ONNX file); a ``query.judge`` message ``question``
 (``json``: a `JudgeQuestion`) and ``files`` (its candidates, in their order). With the record
@@ -47,7 +49,7 @@ from edge_agent.privacy.sources import DataUse, Part
 from edge_agent.reply_guard import UndeclaredFieldError, check_reply
 from edge_agent.secure_messages import reply_with, sealed_config_in, stage_question_in
 from edge_agent.sum_access import Sums
-from edge_agent.training import DivergedError, Update, evaluate, train
+from edge_agent.training import DivergedError, Teacher, Update, evaluate, train
 from shared.errors import (
     ConfigError,
     DataError,
@@ -70,8 +72,10 @@ from shared.secure_sum.questions import (
 )
 from shared.statistics.probes import Probe, contract_of_probe, rows_of_probe
 from shared.statistics.questions import StatisticsQuestion
+from shared.student_plan import StudentPlan
 from shared.tasks.examples import Examples
 from shared.tasks.spec import TaskSpec
+from shared.tasks.task import Task
 from shared.untrusted import NOT_JSON
 
 logger = logging.getLogger(__name__)
@@ -189,16 +193,19 @@ class _Device:
         content = message.content
         request, plan = _request_in(content)
         received = _parameters_in(content)
+        student = _student_in(content)
+        task, teacher = self._task_of(student), self._teacher_of(student, content)
         if reason := too_few(len(self._data.train), request.min_examples):
             raise DataError(reason)
 
         def update() -> Update:
             return train(
-                self._data.task,
+                task,
                 received,
                 self._data.train,
                 plan,
                 seed=device_seed(request.seed, request.round, self._data.digest),
+                teacher=teacher,
                 should_stop=self._should_stop,
                 device=_torch_device(),
             )
@@ -224,14 +231,14 @@ class _Device:
             sealed,
             "train",
             lambda config: training_contribution(config, received, update_or_nothing()),
-            question_digest=training_question(request.json.encode()),
+            question_digest=training_question(request.json.encode(), _student_json(content)),
             base_digest=base_digest_of(received),
             part="train",
         )
 
     def evaluate(self, message: Message) -> RecordDict:
         received = _parameters_in(message.content)
-        task = self._data.task
+        task = self._task_of(_student_in(message.content))
 
         def sums() -> dict[str, float]:
             return evaluate(task, received, self._data.held_out, device=_torch_device())
@@ -254,7 +261,7 @@ class _Device:
             sealed,
             "evaluate",
             lambda config: evaluation_contribution(config, sums_or_none(), task.statistics),
-            question_digest=evaluation_question(),
+            question_digest=evaluation_question(_student_json(message.content)),
             base_digest=base_digest_of(received),
             part="held-out",
         )
@@ -323,6 +330,19 @@ class _Device:
             found = np.zeros((0, len(probe.columns)), np.float32)
         return rows_of_probe(probe, found)
 
+    def _task_of(self, student: StudentPlan | None) -> Task:
+        """Return the owner's task, with the network that is asked for."""
+        return self._data.task if student is None else self._data.task.student(student.network)
+
+    def _teacher_of(self, student: StudentPlan | None, content: RecordDict) -> Teacher | None:
+        """Return whom a student learns from; PeerError unless it is the one that was signed."""
+        if student is None or (distil := student.distil) is None:
+            return None
+        parameters = _parameters_in(content, "teacher")
+        if base_digest_of(parameters) != distil.teacher:
+            raise PeerError("the teacher that came along is not the one of this question")
+        return Teacher(self._data.task, parameters, distil.temperature, distil.weight)
+
     def _take_part(
         self,
         sealed_config: bytes,
@@ -375,10 +395,24 @@ def _torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _parameters_in(content: RecordDict) -> Vector:
-    record = content.array_records.get("parameters")
+def _student_json(content: RecordDict) -> bytes:
+    record = content.config_records.get("student")
+    return b"" if record is None else str(record.get("json")).encode()
+
+
+def _student_in(content: RecordDict) -> StudentPlan | None:
+    if not (text := _student_json(content)):
+        return None
+    try:
+        return msgspec.json.decode(text, type=StudentPlan)
+    except NOT_JSON as error:
+        raise PeerError(f"the student in the message does not fit: {error}") from error
+
+
+def _parameters_in(content: RecordDict, name: str = "parameters") -> Vector:
+    record = content.array_records.get(name)
     if record is None or len(record) != 1:
-        raise PeerError("the message holds no single vector of parameters")
+        raise PeerError(f"the message holds no single vector of {name}")
     (array,) = record.values()
     # torch warns of arrays that it may not write to, so it gets a copy.
     vector: Vector = read_vector(array.data, {"<f4": np.float32}, what="the message").copy()

@@ -65,6 +65,7 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True):
     parameters_sha256: Digest
     code_version: str
     parent: Digest | None = None  # the version that the run started from
+    network: str = ""  # of the task's students; empty: its own
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ from shared.privacy_plan import (
 from shared.rollout_plan import RolloutPlan
 from shared.statistics.questions import RowsPerDevice, StatisticsQuestion
 from shared.statistics_plan import privacy_of_statistics
+from shared.student_plan import StudentPlan
 from shared.tasks.spec import TaskSpec
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -82,12 +83,14 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     privacy: PrivacyPlan = PrivacyPlan()
     aggregation: AggregationPlan = AggregationPlan()
     evaluate: bool = True  # measure each round's result on held-out rows of its cohort
+    export: bool = True  # make a model version of the result
     deploy: bool = True  # ship the result to every device that has data for the task
     compression: CompressionPlan | None = None  # how the result is made smaller; None: as it comes
     rollout: RolloutPlan | None = None  # in which waves; None: to all at once
     judge: JudgePlan | None = None  # by which limits devices judge the result; None: nobody does
     statistics: StatisticsQuestion | None = None  # such a run asks this, once, and trains nothing
     judgement: JudgeQuestion | None = None  # likewise; it is asked for a run with `judge`
+    student: StudentPlan | None = None  # such a run trains it for the compression of another one
 
     def __post_init__(self) -> None:
         """Refuse what could never commit, and fill in the quorum that the rest of it needs."""
@@ -155,6 +158,20 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """
         assert self.compression is not None
         return self._asking("calibrate", self.compression.calibration_noise, statistics=question)
+
+    def studying(self, student: StudentPlan, *, suffix: str, rounds: int) -> "RunPlan":
+        """Return the plan of the run in which this one's devices train a student."""
+        return msgspec.structs.replace(
+            self,
+            name=f"{self.name[:_LONGEST_PREFIX]}-{suffix}",
+            rounds=rounds,
+            student=student,
+            export=False,
+            deploy=False,
+            compression=None,
+            judge=None,
+            rollout=None,
+        )
 
     def judging(self, question: JudgeQuestion) -> "RunPlan":
         """Return the plan of the run that has this one's devices judge its files.
@@ -252,11 +269,12 @@ def plan_from(document: Any, *, source: str) -> RunPlan:
     Raises:
         ConfigError: it does not fit; names the key.
     """
-    if isinstance(document, dict) and document.get("judgement") is not None:
-        raise ConfigError(
-            f"{source}: judgement is asked for a run that trains; leave it out and write a table "
-            "[judge] in the plan of that run"
-        )
+    for key, table in (("judgement", "judge"), ("student", "compression.distil")):
+        if isinstance(document, dict) and document.get(key) is not None:
+            raise ConfigError(
+                f"{source}: {key} is of runs that another one starts; leave it out and write a "
+                f"table [{table}] in the plan of a run that trains"
+            )
     if isinstance(document, dict) and isinstance(asked := document.get("statistics"), dict):
         if asked.get("probe") is not None:
             raise ConfigError(

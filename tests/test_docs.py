@@ -28,7 +28,7 @@ from cloud_coordinator.runs.recruitment import InvitationState
 from cloud_coordinator.settings import Settings
 from cloud_coordinator.trust.api import router as trust
 from edge_agent.settings import AgentSettings
-from shared.compression_plan import CompressionPlan
+from shared.compression_plan import CompressionPlan, DistilPlan
 from shared.judge_plan import JudgePlan
 from shared.messages import DOWN, UP, Body, DeploymentState
 from shared.privacy_plan import AggregationPlan, PrivacyPlan
@@ -59,6 +59,7 @@ def test_every_setting_is_documented() -> None:
         PrivacyPlan,
         AggregationPlan,
         CompressionPlan,
+        DistilPlan,
         JudgePlan,
         RolloutPlan,
         WavePlan,
@@ -68,7 +69,17 @@ def test_every_setting_is_documented() -> None:
 )
 def test_every_key_of_a_plan_is_documented(struct: type) -> None:
     sections = {"training", "cohort", "privacy", "aggregation", "statistics"}
-    sections |= {"compression", "judge", "judgement", "rollout", "waves", "windows", "gates"}
+    sections |= {
+        "compression",
+        "distil",
+        "judge",
+        "judgement",
+        "student",
+        "rollout",
+        "waves",
+        "windows",
+        "gates",
+    }
     plan = page("operation.md").split("## A plan")[1].split("## Statistics")[0]
     keys = set(struct.__struct_fields__) - sections - {"strategy"}  # type: ignore[attr-defined]
     pages = plan + page("models.md").split("## Rollouts")[1]

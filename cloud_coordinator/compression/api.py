@@ -8,7 +8,6 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
 from cloud_coordinator.compression.service import Compressions
-from cloud_coordinator.compression.steps import in_words
 from cloud_coordinator.devices.authentication import require_admin
 from cloud_coordinator.runs.api import STOPPED_BY_OPERATOR, Runs
 from cloud_coordinator.runs.lifecycle import RunState
@@ -98,5 +97,5 @@ async def _view(row: RunRow, jobs: Compressions, runs: RunService) -> Compressio
         created_at=row.created_at,
         model_version=row.model_version,
         judgement=msgspec.to_builtins(await jobs.judgement(row.run_id)),
-        steps=[StepView(step=step.value, result=in_words(r)) for step, r in done.items()],
+        steps=[StepView(step=step.value, result=r.words) for step, r in done.items()],
     )

@@ -23,8 +23,8 @@ from cloud_coordinator.compression.steps import (
     Signed,
     Step,
     StepResult,
+    StudentTrained,
     VariantsBuilt,
-    in_words,
     next_step,
 )
 from cloud_coordinator.models.descriptions import judgement_in
@@ -33,12 +33,13 @@ from cloud_coordinator.models.pipeline_messages import Built, Calibration
 from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.models.tables import VariantRow
 from cloud_coordinator.runs.lifecycle import RunState
-from cloud_coordinator.runs.records import RunDetails
+from cloud_coordinator.runs.records import COMMITTED, RunDetails
 from shared.errors import ConfigError, ConflictError, NotFoundError, UnfitModelError
 from shared.run_plan import RunPlan
 from shared.statistics.probes import Probe
 from shared.statistics.questions import Mean, Quantiles, Statistic, StatisticsQuestion
 from shared.statistics.vectors import Answer
+from shared.student_plan import Distillation, StudentPlan
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +92,15 @@ class Compressions:
             job.say(step.value)
             done[step] = await self._perform(step, job, done)
             await asyncio.to_thread(self._records.save, job.run_id, step, done[step])
-            logger.info("run %s: %s: %s", job.run_id, step, in_words(done[step]))
+            logger.info("run %s: %s: %s", job.run_id, step, done[step].words)
         signed = done[Step.SIGN]
         assert isinstance(signed, Signed)  # no other result ends a job
         return signed.version
 
     async def stop(self, run_id: str, cause: str, runs: PerformsRuns) -> None:
         """End the run that a stopped job waits for, if there is one."""
-        for asking in (calibration_run(run_id), judging_run(run_id)):
+        students = (student_run(run_id, step) for step in (Step.DISTIL, Step.SCRATCH))
+        for asking in (*students, calibration_run(run_id), judging_run(run_id)):
             with contextlib.suppress(NotFoundError, ConflictError):  # not begun, or ended
                 await runs.stop_run(asking, cause)
 
@@ -116,8 +118,10 @@ class Compressions:
 
     async def _perform(self, step: Step, job: Job, done: Mapping[Step, StepResult]) -> StepResult:
         match step:
+            case Step.DISTIL | Step.SCRATCH:
+                return await self._train_student(job, step)
             case Step.PROBE:
-                return await self._probe(job)
+                return await self._probe(job, done)
             case Step.CALIBRATE:
                 return await self._calibrate(job, done[Step.PROBE])
             case Step.BUILD:
@@ -127,10 +131,44 @@ class Compressions:
             case Step.SIGN:
                 return Signed(version=await self._models.sign(job.run_id, job.plan))
 
-    async def _probe(self, job: Job) -> StepResult:
+    async def _train_student(self, job: Job, step: Step) -> StepResult:
+        """Have devices train a student, in a run like that which trained its teacher."""
+        assert job.plan.compression is not None
+        plan = job.plan.compression.distil
+        assert plan is not None  # or this step is not wanted
+        distil = None
+        if step is Step.DISTIL:
+            distil = Distillation(
+                teacher=await self._models.base_digest(job.parameters_sha256),
+                parameters_sha256=job.parameters_sha256,
+                temperature=plan.temperature,
+                weight=plan.weight,
+            )
+        student = StudentPlan(network=plan.student, distil=distil)
+        studying = job.plan.studying(student, suffix=step.value, rounds=plan.rounds)
+        run_id = student_run(job.run_id, step)
+        job.say(f"training {plan.student}: see run {run_id}")
+        details = await job.runs.perform(studying, run_id=run_id)
+        if details.run.state != RunState.FINISHED:
+            return LeftOut(cause=f"run {run_id} {details.run.state}: {details.run.cause}")
+        committed = [row for row in details.rounds if row.state == COMMITTED]
+        last = committed[-1]
+        return StudentTrained(
+            run_id=run_id,
+            network=plan.student,
+            parameters_sha256=last.parameters_sha256 or "",
+            rounds=sum(row.round_number > 0 for row in committed),
+            metrics=next((row.metrics for row in reversed(committed) if row.metrics), {}),
+        )
+
+    async def _probe(self, job: Job, done: Mapping[Step, StepResult]) -> StepResult:
+        result = _network(job, done)
         try:
             probe = await self._models.make_probe(
-                plan=job.plan, parameters_sha256=job.parameters_sha256, say=job.say
+                plan=job.plan,
+                parameters_sha256=result.parameters_sha256,
+                student=result.network,
+                say=job.say,
             )
         except UnfitModelError as error:  # building says whether anything else can be made
             return LeftOut(cause=str(error))
@@ -156,11 +194,13 @@ class Compressions:
                 calibration = Calibration(probe=probe, answers=answers)
             case _:
                 pass
+        result = _network(job, done)
         await self._models.build(
             run_id=job.run_id,
             plan=job.plan,
-            parameters_sha256=job.parameters_sha256,
-            rounds=job.rounds,
+            parameters_sha256=result.parameters_sha256,
+            rounds=result.rounds,
+            student=result.network,
             calibration=calibration,
             say=job.say,
         )
@@ -191,6 +231,28 @@ class Compressions:
 
     def _variants(self, run_id: str) -> Sequence[VariantRow]:
         return self._models.built_of(run_id).variants
+
+
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """What is made smaller: the parameters that a job is about, or its student's."""
+
+    parameters_sha256: str
+    rounds: int
+    network: str = ""  # of the task's students; empty: its own
+
+
+def _network(job: Job, done: Mapping[Step, StepResult]) -> _Network:
+    match done.get(Step.DISTIL):
+        case StudentTrained(parameters_sha256=sha256, rounds=rounds, network=network):
+            return _Network(sha256, rounds, network)
+        case _:
+            return _Network(job.parameters_sha256, job.rounds)
+
+
+def student_run(run_id: str, step: Step) -> str:
+    """Return the name of the run in which devices train a student for another one."""
+    return f"{run_id}-{step.value}"
 
 
 def calibration_run(run_id: str) -> str:

@@ -18,6 +18,8 @@ from shared.statistics.vectors import Answer
 class Step(StrEnum):
     """One thing to do."""
 
+    DISTIL = "distil"  # have devices train a smaller network that learns from the trained one
+    SCRATCH = "scratch"  # and once more without a teacher, to see what that is worth
     PROBE = "probe"  # find out which ranges inside the model have to be measured
     CALIBRATE = "calibrate"  # have devices measure them, in a run of its own
     BUILD = "build"  # make every variant, and compare each with torch
@@ -25,10 +27,31 @@ class Step(StrEnum):
     SIGN = "sign"  # sign what passed
 
 
+class StudentTrained(msgspec.Struct, frozen=True, kw_only=True, tag="student"):
+    """Of `Step.DISTIL` and `Step.SCRATCH`: a smaller network."""
+
+    run_id: str  # in which devices trained it
+    network: str
+    parameters_sha256: str
+    rounds: int
+    metrics: dict[str, float]  # on held-out rows, after the last round
+
+    @property
+    def words(self) -> str:
+        """What came of it, for people."""
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"{self.network} trained by run {self.run_id}: {figures or 'not measured'}"
+
+
 class ProbeMade(msgspec.Struct, frozen=True, kw_only=True, tag="probe-made"):
     """Of `Step.PROBE`: devices can be asked."""
 
     probe: Probe
+
+    @property
+    def words(self) -> str:
+        """What came of it, for people."""
+        return f"{len(self.probe.columns)} ranges of {len(self.probe.tensors)} tensors to measure"
 
 
 class Calibrated(msgspec.Struct, frozen=True, kw_only=True, tag="calibrated"):
@@ -37,12 +60,22 @@ class Calibrated(msgspec.Struct, frozen=True, kw_only=True, tag="calibrated"):
     run_id: str  # of the run that asked them
     answers: tuple[Answer, ...]
 
+    @property
+    def words(self) -> str:
+        """What came of it, for people."""
+        return f"measured by run {self.run_id}"
+
 
 class VariantsBuilt(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
     """Of `Step.BUILD`: the version's row has the variants."""
 
     passed: int
     built: int
+
+    @property
+    def words(self) -> str:
+        """What came of it, for people."""
+        return f"{self.passed} of {self.built} variants compute what torch does"
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True, tag="judged"):
@@ -53,11 +86,24 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True, tag="judged"):
     passed: int
     judged: int
 
+    @property
+    def words(self) -> str:
+        """What came of it, for people."""
+        return (
+            f"{self.passed} of {self.judged} variants passed on {self.devices} devices, by run "
+            f"{self.run_id}"
+        )
+
 
 class Signed(msgspec.Struct, frozen=True, kw_only=True, tag="signed"):
     """Of `Step.SIGN`: the version's name."""
 
     version: str
+
+    @property
+    def words(self) -> str:
+        """What came of it, for people."""
+        return f"version {self.version[:12]}"
 
 
 class LeftOut(msgspec.Struct, frozen=True, kw_only=True, tag="left-out"):
@@ -65,8 +111,13 @@ class LeftOut(msgspec.Struct, frozen=True, kw_only=True, tag="left-out"):
 
     cause: str
 
+    @property
+    def words(self) -> str:
+        """What came of it, for people."""
+        return f"left out: {self.cause}"
 
-StepResult = ProbeMade | Calibrated | VariantsBuilt | Judged | Signed | LeftOut
+
+StepResult = StudentTrained | ProbeMade | Calibrated | VariantsBuilt | Judged | Signed | LeftOut
 
 
 def next_step(plan: RunPlan, done: Mapping[Step, StepResult]) -> Step | None:
@@ -77,27 +128,13 @@ def next_step(plan: RunPlan, done: Mapping[Step, StepResult]) -> Step | None:
     return next((step for step in _wanted(plan, done) if step not in done), None)
 
 
-def in_words(result: StepResult) -> str:
-    """Say for people what came of a step."""
-    match result:
-        case ProbeMade(probe=probe):
-            return f"{len(probe.columns)} ranges of {len(probe.tensors)} tensors to measure"
-        case Calibrated(run_id=run_id):
-            return f"measured by run {run_id}"
-        case VariantsBuilt(passed=passed, built=built):
-            return f"{passed} of {built} variants compute what torch does"
-        case Judged(run_id=run_id, devices=devices, passed=passed, judged=judged):
-            return f"{passed} of {judged} variants passed on {devices} devices, by run {run_id}"
-        case Signed(version=version):
-            return f"version {version[:12]}"
-        case LeftOut(cause=cause):
-            return f"left out: {cause}"
-
-
 def _wanted(plan: RunPlan, done: Mapping[Step, StepResult]) -> list[Step]:
     steps = [Step.BUILD, *[Step.JUDGE] * (plan.judge is not None), Step.SIGN]
-    if plan.compression is None or not plan.compression.int8:
+    if plan.compression is None:
         return steps
-    if isinstance(done.get(Step.PROBE), LeftOut):  # there is nothing to ask
-        return [Step.PROBE, *steps]
-    return [Step.PROBE, Step.CALIBRATE, *steps]
+    if plan.compression.int8:
+        nothing_to_ask = isinstance(done.get(Step.PROBE), LeftOut)
+        steps = [Step.PROBE, *[Step.CALIBRATE] * (not nothing_to_ask), *steps]
+    if plan.compression.distil is not None:
+        steps = [Step.DISTIL, Step.SCRATCH, *steps]
+    return steps

@@ -34,6 +34,7 @@ def manifest_of(row: ModelVersionRow, plan: RunPlan, built: Built, *, now: datet
         parameters_sha256=row.parameters_sha256,
         code_version=installed_version("shoal"),
         parent=row.parent,
+        network=built.student,
     )
     return Manifest(
         model=row.model,

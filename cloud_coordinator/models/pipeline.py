@@ -107,6 +107,7 @@ def build(order: BuildVersion, *, say: Say, clock: Callable[[], float]) -> Built
         outputs=(task.output,),
         labels=task.labels,
         golden=golden.batch(shipped.tolerance),
+        student=order.student,
     )
 
 
@@ -121,7 +122,10 @@ def probe(order: MakeProbe, *, say: Say) -> ProbeMade:
 
 
 def _trained(order: ToPipeline) -> TrainedModel:
-    return TrainedModel(load_task(order.task), load_parameters(Path(order.parameters_path)))
+    task = load_task(order.task)
+    if order.student:
+        task = task.student(order.student)
+    return TrainedModel(task, load_parameters(Path(order.parameters_path)))
 
 
 def _static(

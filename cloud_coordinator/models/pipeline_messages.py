@@ -24,6 +24,7 @@ class _Order(msgspec.Struct, frozen=True, kw_only=True):
     parameters_path: str  # safetensors, as shared/parameters.py writes it
     folder: str  # an empty folder; the child writes its files into it
     seed: int  # of the inputs that are drawn from the contract
+    student: str = ""  # whose parameters they are, of the task's networks; empty: its own
 
 
 class MakeProbe(_Order, frozen=True, kw_only=True, tag="probe"):
@@ -80,6 +81,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]
     golden: GoldenBatch
+    student: str = ""  # of the task's networks; empty: its own
 
 
 class BuildFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

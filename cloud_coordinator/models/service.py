@@ -50,7 +50,9 @@ from shared.errors import (
 )
 from shared.files import sha256_of
 from shared.messages import utc_now
+from shared.parameters import load_parameters
 from shared.run_plan import RunPlan
+from shared.secure_sum.questions import base_digest_of
 from shared.signed_manifest import SignedManifest, sign_manifest
 from shared.signing import SigningKey
 from shared.statistics.probes import Probe
@@ -110,6 +112,7 @@ class ModelService:
         parameters_sha256: str,
         rounds: int,
         parent: str | None = None,
+        student: str = "",
         calibration: Calibration | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -121,6 +124,7 @@ class ModelService:
             parameters_sha256: blob of its last committed parameters.
             rounds: how many rounds it committed.
             parent: the version that it started from.
+            student: whose parameters they are, of the task's networks; empty: its own.
             calibration: ranges that devices measured; None: no static int8.
             say: told what happens now, for people.
 
@@ -146,7 +150,7 @@ class ModelService:
             if row.state == VersionState.REJECTED:
                 raise UnfitModelError(row.cause)
             if row.state == VersionState.CANDIDATE:
-                await self._build(row, plan, calibration, say)
+                await self._build(row, plan, student, calibration, say)
 
     async def sign(self, run_id: str, plan: RunPlan) -> str:
         """Sign what was built of a run; called again it returns the same name.
@@ -275,11 +279,16 @@ class ModelService:
         return blobs
 
     async def make_probe(
-        self, *, plan: RunPlan, parameters_sha256: str, say: Callable[[str], None]
+        self,
+        *,
+        plan: RunPlan,
+        parameters_sha256: str,
+        say: Callable[[str], None],
+        student: str = "",
     ) -> Probe:
         """Return what devices are asked for static int8; the file that it names becomes a blob.
 
-        Raises as `build`, and changes no version.
+        Arguments and errors are those of `build`; no version changes.
         """
         async with self._one_at_a_time:
             parameters = await self._verified_blob(parameters_sha256)
@@ -288,6 +297,7 @@ class ModelService:
                 parameters_path=str(parameters),
                 folder=str(self._folder),
                 seed=plan.seed,
+                student=student,
             )
             async with self._child(order, say) as result:
                 if isinstance(result, ProbeMade):
@@ -298,10 +308,16 @@ class ModelService:
         assert isinstance(result, BuildFailed)
         raise _error_of(result)
 
+    async def base_digest(self, parameters_sha256: str) -> str:
+        """Return by which digest devices know parameters; raises as `build`."""
+        path = await self._verified_blob(parameters_sha256)
+        return base_digest_of(await asyncio.to_thread(load_parameters, path))
+
     async def _build(
         self,
         row: ModelVersionRow,
         plan: RunPlan,
+        student: str,
         calibration: Calibration | None,
         say: Callable[[str], None],
     ) -> None:
@@ -311,6 +327,7 @@ class ModelService:
             parameters_path=str(parameters),
             folder=str(self._folder),
             seed=plan.seed,
+            student=student,
             calibration=calibration,
         )
         async with self._child(order, say) as result:

@@ -14,6 +14,7 @@ from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.stage import Stage
 from cloud_coordinator.rounds.worker_messages import Participation
 from shared.parameters import Vector
+from shared.student_plan import StudentPlan
 from shared.tasks.spec import TaskSpec
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,11 @@ class Evaluator:
     ) -> Collection:
         devices = {self._roster.nodes[device]: device for device in present}
         message_ids = self._exchange.ask_to_evaluate(
-            parameters, list(devices), round_number=round_number, ttl_s=timeout_s + TTL_MARGIN_S
+            parameters,
+            list(devices),
+            round_number=round_number,
+            ttl_s=timeout_s + TTL_MARGIN_S,
+            student=measured_student(self._host.plan.student),
         )
         started_s = self._host.seconds()
         return Collection(
@@ -97,6 +102,11 @@ class Evaluator:
             deadline_s=started_s + timeout_s,
             bytes_down=parameters.nbytes,
         )
+
+
+def measured_student(student: StudentPlan | None) -> StudentPlan | None:
+    """Return what a device must know of a student to measure it: not whom it learned from."""
+    return None if student is None else StudentPlan(network=student.network)
 
 
 def metrics_of(task: TaskSpec, sums: Mapping[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
 from shared.secure_sum.masking import Lanes
 from shared.secure_sum.messages import SignedAnswer, Stage, decode
+from shared.student_plan import StudentPlan, encode_student
 from shared.untrusted import NOT_JSON
 
 _CAUSE_LENGTH = 300
@@ -83,6 +84,8 @@ class Exchange:
         min_examples: int,
         ttl_s: float,
         configs: Mapping[int, bytes] = {},
+        student: StudentPlan | None = None,
+        teacher: Vector | None = None,
     ) -> dict[int, str]:
         """Ask nodes to train from ``parameters``, shape (d,).
 
@@ -96,6 +99,8 @@ class Exchange:
             ttl_s: how long the message lives.
             configs: by node: the sealed configuration of the secure sum that its update goes into;
                 a node without one replies with the update itself.
+            student: which network; None: the task's own.
+            teacher: parameters of the task's own network, shape (e,), that the student learns from.
 
         Returns:
             The id of each node's message, which its reply names; nodes whose message was refused
@@ -110,6 +115,9 @@ class Exchange:
             }
         )
         base: Records = {"parameters": ArrayRecord([parameters]), "plan": record}
+        base |= _of_student(student)
+        if teacher is not None:
+            base["teacher"] = ArrayRecord([teacher])
         contents = _with_configs(base, node_ids, configs)
         return self._push(MessageType.TRAIN, contents, round_number, ttl_s)
 
@@ -121,9 +129,11 @@ class Exchange:
         round_number: int,
         ttl_s: float,
         configs: Mapping[int, bytes] = {},
+        student: StudentPlan | None = None,
     ) -> dict[int, str]:
         """Ask nodes to measure ``parameters`` on their held-out rows; as `ask_to_train`."""
-        contents = _with_configs({"parameters": ArrayRecord([parameters])}, node_ids, configs)
+        base: Records = {"parameters": ArrayRecord([parameters]), **_of_student(student)}
+        contents = _with_configs(base, node_ids, configs)
         return self._push(MessageType.EVALUATE, contents, round_number, ttl_s)
 
     def ask_for_statistics(
@@ -253,6 +263,12 @@ def _in_words(error: Error) -> str:
 def encode_plan(plan: TrainingPlan) -> bytes:
     """Return the JSON that travels; a device's question digest is over these bytes."""
     return msgspec.json.encode(plan)
+
+
+def _of_student(student: StudentPlan | None) -> Records:
+    if student is None:
+        return {}
+    return {"student": ConfigRecord({"json": encode_student(student).decode()})}
 
 
 def _with_configs(

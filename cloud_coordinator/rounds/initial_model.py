@@ -10,9 +10,19 @@ from shared.tasks.task import seeded_model
 from shared.tasks.vectors import to_vector
 
 
-def initial_parameters(task: TaskSpec, seed: int) -> Vector:
-    """Return the parameters, shape (d,), that depend on the task and ``seed`` alone."""
-    return to_vector(seeded_model(load_task(task), seed))
+def initial_parameters(task: TaskSpec, seed: int, *, student: str = "") -> Vector:
+    """Return the parameters, shape (d,), that depend on the task and ``seed`` alone.
+
+    Raises:
+        ConfigError: the task has no such ``student``; empty: its own network.
+    """
+    loaded = load_task(task)
+    return to_vector(seeded_model(loaded.student(student) if student else loaded, seed))
+
+
+def check_student(task: TaskSpec, name: str) -> None:
+    """Raise ConfigError where a task has no student of this name."""
+    load_task(task).student(name)
 
 
 def statistic_bounds(task: TaskSpec) -> Mapping[str, float]:

@@ -10,6 +10,7 @@ from cloud_coordinator.rounds.collection import TTL_MARGIN_S, Collection
 from cloud_coordinator.rounds.exchange import Reply
 from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.stage import Stage
+from cloud_coordinator.rounds.teacher import teacher_of
 from cloud_coordinator.rounds.trained import Groups, Trained, say_started
 from shared.errors import PeerError
 
@@ -20,6 +21,7 @@ class PlainTraining:
     def __init__(self, parts: RunParts) -> None:
         self._parts = parts
         self._host, self._roster, self._exchange = parts.host, parts.roster, parts.exchange
+        self._teacher = teacher_of(parts.host)
 
     def eligible(self, joined: frozenset[str]) -> frozenset[str]:
         """Return all: every device may be asked."""
@@ -85,6 +87,8 @@ class PlainTraining:
             seed=training_seed(host.plan.seed, round_number),
             min_examples=plan.min_examples,
             ttl_s=plan.round_deadline_s + TTL_MARGIN_S,
+            student=host.plan.student,
+            teacher=self._teacher,
         )
         say_started(host, round_number, cohort)
         started_s = host.seconds()

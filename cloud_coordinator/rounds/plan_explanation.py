@@ -44,6 +44,7 @@ def explain(plan: RunPlan, *, length: int | None = None) -> list[str]:
         _upload(plan, length),
         *_noise(plan, layout),
         _poisoning(plan, layout),
+        *_students(plan),
         *_ranges(plan),
         *_judging(plan),
         _owners(plan, layout),
@@ -151,6 +152,21 @@ def _noise_of_answers(plan: RunPlan, question: StatisticsQuestion, layout: Layou
         "device that answers, enforced by the devices"
     )
     return [added, spent]
+
+
+def _students(plan: RunPlan) -> list[str]:
+    """Say what distillation costs the devices besides."""
+    if plan.compression is None or (distil := plan.compression.distil) is None:
+        return []
+    what = (
+        f"distillation: two more runs of {distil.rounds} rounds train {distil.student}, one with "
+        "the trained network as its teacher and one without"
+    )
+    privacy = plan.privacy
+    if privacy.noise != "distributed":
+        return [what]
+    epsilon = gaussian_rdp(privacy.noise_multiplier).times(2 * distil.rounds).epsilon(privacy.delta)
+    return [f"{what}, for about ε = {epsilon:.3g} at δ = {privacy.delta:g}"]
 
 
 def _ranges(plan: RunPlan) -> list[str]:

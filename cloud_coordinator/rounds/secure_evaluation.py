@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cloud_coordinator.rounds.aggregation import EXAMPLES
-from cloud_coordinator.rounds.evaluation import Evaluation, measured
+from cloud_coordinator.rounds.evaluation import Evaluation, measured, measured_student
 from cloud_coordinator.rounds.groups import draw_groups, present_groups
 from cloud_coordinator.rounds.initial_model import statistic_bounds
 from cloud_coordinator.rounds.robust import check_sum
@@ -19,6 +19,7 @@ from cloud_coordinator.rounds.trained import Groups
 from shared.errors import PeerError
 from shared.parameters import Vector
 from shared.secure_sum.questions import base_digest_of, evaluation_question
+from shared.student_plan import encode_student
 from shared.tasks.metrics import restore_statistics
 
 
@@ -70,17 +71,23 @@ class SecureEvaluator:
         *,
         timeout_s: float,
     ) -> SumQuestion:
+        student = measured_student(self._host.plan.student)
         spec = evaluation_spec(
             self._host.plan,
             statistic_bounds(self._host.plan.task),
-            question_digest=evaluation_question(),
+            question_digest=evaluation_question(encode_student(student)),
             base_digest=base,
         )
         most = max(len(devices) for devices in groups.values())
 
         def push(configs: Mapping[int, bytes], ttl_s: float) -> dict[int, str]:
             return self._parts.exchange.ask_to_evaluate(
-                parameters, list(configs), round_number=round_number, ttl_s=ttl_s, configs=configs
+                parameters,
+                list(configs),
+                round_number=round_number,
+                ttl_s=ttl_s,
+                configs=configs,
+                student=student,
             )
 
         return SumQuestion(

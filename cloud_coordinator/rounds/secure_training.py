@@ -36,11 +36,13 @@ from cloud_coordinator.rounds.sum_plan import (
 )
 from cloud_coordinator.rounds.sum_session import GroupSum
 from cloud_coordinator.rounds.sum_work import Configure, SumOutcome, SumQuestion
+from cloud_coordinator.rounds.teacher import teacher_of
 from cloud_coordinator.rounds.trained import Groups, Trained, say_started
 from shared.errors import PeerError, QuorumError
 from shared.secure_sum.config import SumConfig
 from shared.secure_sum.masking import choose_algorithm
 from shared.secure_sum.questions import base_digest_of, training_question
+from shared.student_plan import encode_student
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class SecureTraining:
         self._blamed: dict[str, str] = {}
         self._spent: frozenset[str] = frozenset()  # they sent a vector for the model as it is
         self._base = ""
+        self._teacher = teacher_of(parts.host)
 
     def eligible(self, joined: frozenset[str]) -> frozenset[str]:
         """Return those who may be in a sum for the model as it is."""
@@ -118,7 +121,7 @@ class SecureTraining:
         spec = training_spec(
             plan,
             length=state.parameters.size,
-            question_digest=training_question(record),
+            question_digest=training_question(record, encode_student(plan.student)),
             base_digest=base,
         )
         if base != self._base:
@@ -164,6 +167,8 @@ class SecureTraining:
             min_examples=plan.cohort.min_examples,
             ttl_s=ttl_s,
             configs=configs,
+            student=plan.student,
+            teacher=self._teacher,
         )
         cohort = [device for devices in groups.values() for device in devices]
         say_started(self._host, round_number, cohort)

@@ -22,7 +22,7 @@ from cloud_coordinator.rounds.cohort import cohort_rng
 from cloud_coordinator.rounds.evaluation import Evaluates, Evaluation, Evaluator, patience_s
 from cloud_coordinator.rounds.exchange import Exchange
 from cloud_coordinator.rounds.host import RunHost
-from cloud_coordinator.rounds.initial_model import initial_parameters
+from cloud_coordinator.rounds.initial_model import check_student, initial_parameters
 from cloud_coordinator.rounds.lifecycle import RoundEvent
 from cloud_coordinator.rounds.plain_training import PlainTraining
 from cloud_coordinator.rounds.run_parts import (
@@ -122,7 +122,11 @@ class TrainingRun:
         if (resume := self._host.resume) is not None:
             return resume.round_number, load_state(self._host.blobs, resume)
         life = RoundLife(0, self._host.now())
-        state = ModelState(initial_parameters(self._plan.task, self._plan.seed))
+        plan = self._plan
+        if plan.compression is not None and plan.compression.distil is not None:
+            check_student(plan.task, plan.compression.distil.student)  # before anybody trains
+        student = plan.student.network if plan.student is not None else ""
+        state = ModelState(initial_parameters(plan.task, plan.seed, student=student))
         evaluation = Evaluation()
         if self._plan.evaluate:
             groups = self._recruit(0)

@@ -139,7 +139,7 @@ class RunDriver:
                 await self._move(RunEvent.BROKE, cause=cause)
             case Stopped(cause):
                 await self._move(RunEvent.STOP_ASKED, cause=cause)
-            case _ if self._plan.asks:
+            case _ if self._plan.asks or not self._plan.export:
                 await self._move(RunEvent.ANSWERED)
             case _:
                 await self._export()

@@ -22,14 +22,23 @@ def base_digest_of(parameters: Vector) -> str:
     return hashlib.sha256(b"shoal parameters v1\0" + content.tobytes()).hexdigest()
 
 
-def training_question(plan: bytes) -> str:
-    """Return the digest of "train like this": the plan's JSON exactly as it travels."""
-    return hashlib.sha256(b"shoal question v1: train\0" + plan).hexdigest()
+def training_question(plan: bytes, student: bytes = b"") -> str:
+    """Return the digest of "train like this": the JSON exactly as it travels.
+
+    Args:
+        plan: how to train.
+        student: which network, and whose pupil it is; empty: the task's own.
+    """
+    content = b"\0".join(filter(None, (plan, student)))  # JSON holds no zero byte
+    return hashlib.sha256(b"shoal question v1: train\0" + content).hexdigest()
 
 
-def evaluation_question() -> str:
-    """Return the digest of "measure these parameters on held-out rows", which has no options."""
-    return hashlib.sha256(b"shoal question v1: evaluate\0").hexdigest()
+def evaluation_question(student: bytes = b"") -> str:
+    """Return the digest of "measure these parameters on held-out rows".
+
+    ``student`` is as in `training_question`.
+    """
+    return hashlib.sha256(b"shoal question v1: evaluate\0" + student).hexdigest()
 
 
 def statistics_question(question: bytes) -> str:

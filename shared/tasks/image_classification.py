@@ -5,7 +5,7 @@ In a task file::
     name = "fashion"
     uses = "image-classification"
     [options]
-    model = "small-cnn"        # or "lenet-5", "mid-cnn", "wide-cnn"
+    model = "small-cnn"        # or "small-cnn-half", "lenet-5", "mid-cnn", "wide-cnn"
     height = 28
     width = 28
     channels = 1               # 1 grey, 3 colours
@@ -13,11 +13,12 @@ In a task file::
     loss = "cross-entropy"     # or "balanced", where devices have few of the classes each
 
 The served network takes raw pixels: float32 of shape (batch, channels, height, width), each in
-[0, 255]; scaling is its first layer. Neither network has normalisation layers whose running
-statistics would differ from device to device.
+[0, 255]; scaling is its first layer. No network has normalisation layers whose running statistics
+would differ from device to device. Each may be another one's student.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -39,7 +40,7 @@ _SMALL_CNN_CHANNELS = (16, 32, 64)  # of the stages; further ones repeat the las
 _SMALL_CNN_SIDE = 8  # stages halve the picture until it is no larger than this
 
 
-Model = Literal["small-cnn", "lenet-5", "mid-cnn", "wide-cnn"]
+Model = Literal["small-cnn", "small-cnn-half", "lenet-5", "mid-cnn", "wide-cnn"]
 # Of pictures, for networks that flatten whatever their two halvings leave.
 _SIDES: Mapping[Model, range] = {
     "lenet-5": range(12, 65),
@@ -121,6 +122,12 @@ class ImageClassification(Task):
         for layer in layers:
             _initialise(layer)
         return nn.Sequential(PixelScaling(), *layers)
+
+    def student(self, name: str) -> "ImageClassification":
+        """Return the same task with another of the networks above."""
+        options = {**msgspec.structs.asdict(self._options), "model": name}
+        source = f"the student {name!r} of image-classification"
+        return ImageClassification(convert(options, ImageOptions, source=source))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss in nats; see `classification_loss`."""
@@ -209,11 +216,17 @@ def _wide_cnn(channels: int, height: int, width: int, *, classes: int) -> list[n
     ]
 
 
-def _small_cnn(channels: int, height: int, width: int, *, classes: int) -> list[nn.Module]:
-    """Stages of convolution (5 x 5, then 3 x 3) and halving, two at least; one hidden layer."""
+def _small_cnn(
+    channels: int, height: int, width: int, *, classes: int, width_share: float = 1.0
+) -> list[nn.Module]:
+    """Stages of convolution (5 x 5, then 3 x 3) and halving, two at least; one hidden layer.
+
+    ``width_share`` of the channels and of the hidden units are there.
+    """
     layers: list[nn.Module] = []
-    kernel = 5
-    for before, after in pairwise((channels, *_stage_channels(max(height, width)))):
+    kernel, hidden = 5, int(64 * width_share)
+    stages = [int(width_share * stage) for stage in _stage_channels(max(height, width))]
+    for before, after in pairwise((channels, *stages)):
         steps = tuple(2 if side >= 4 else 1 for side in (height, width))
         convolution = nn.Conv2d(before, after, kernel, padding=kernel // 2)
         layers += [convolution, nn.ReLU(), nn.MaxPool2d(steps)]
@@ -222,9 +235,9 @@ def _small_cnn(channels: int, height: int, width: int, *, classes: int) -> list[
     return [
         *layers,
         nn.Flatten(),
-        nn.Linear(last * height * width, 64),
+        nn.Linear(last * height * width, hidden),
         nn.ReLU(),
-        nn.Linear(64, classes),
+        nn.Linear(hidden, classes),
     ]
 
 
@@ -238,6 +251,7 @@ def _stage_channels(side: int) -> list[int]:
 
 _NETWORKS: Mapping[Model, Callable[..., list[nn.Module]]] = {
     "small-cnn": _small_cnn,
+    "small-cnn-half": partial(_small_cnn, width_share=0.5),
     "lenet-5": _lenet_5,
     "mid-cnn": _mid_cnn,
     "wide-cnn": _wide_cnn,

@@ -183,6 +183,11 @@ class Tabular(Task):
         columns = [_draw(column, rng, rows) for column in self._columns]
         return np.stack(columns, axis=1).astype(np.float32)
 
+    def student(self, name: str) -> "Tabular":
+        """Return the same task with another network: ``linear``, or ``mlp`` of 64 hidden units."""
+        options = {**msgspec.to_builtins(self._options), "model": name, "hidden": None}
+        return Tabular.from_options(options)
+
     def _network(self, outputs: int) -> list[nn.Module]:
         inputs = len(self._columns)
         if self._options.model == "linear":

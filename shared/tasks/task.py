@@ -35,7 +35,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
+from shared.errors import ConfigError
 from shared.manifest import TensorSpec
 from shared.tasks.contract import DataContract
 
@@ -79,6 +81,47 @@ class Task(ABC):
 
         Parameters are initialised from torch's global generator, which the caller seeds.
         """
+
+    def student(self, name: str) -> "Task":
+        """Return this task with a smaller network, which may learn from this one.
+
+        Inputs, outputs, labels and contract stay the same.
+
+        Raises:
+            ConfigError: the task offers no network of this name, by default none at all.
+        """
+        raise ConfigError(
+            f"this task offers no student {name!r}: overwrite `Task.student`, or leave "
+            "[compression.distil] out"
+        )
+
+    def distil_loss(
+        self, outputs: Tensor, taught: Tensor, targets: Tensor, *, temperature: float, weight: float
+    ) -> Tensor:
+        """Return the mean loss of a batch with a teacher, a scalar to minimise.
+
+        With labels it is Hinton et al. 2015: the divergence from the teacher's softened
+        probabilities, times temperature squared so that its gradients keep their size; without, the
+        squared error against the teacher's outputs.
+
+        Args:
+            outputs: shape (b, …), the student's.
+            taught: shape (b, …), the teacher's, without gradients.
+            targets: shape (b,).
+            temperature: that probabilities are softened by; above 1 they tell of all classes.
+            weight: of the teacher's word, in [0, 1]; `loss` has the rest.
+        """
+        if self.labels:
+            soft = functional.kl_div(
+                functional.log_softmax(outputs / temperature, dim=1),
+                functional.log_softmax(taught / temperature, dim=1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            soft = soft * temperature**2
+        else:
+            soft = functional.mse_loss(outputs, taught)
+        return weight * soft + (1 - weight) * self.loss(outputs, targets)
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

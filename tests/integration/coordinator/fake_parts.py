@@ -71,9 +71,14 @@ class FakeModels(ModelService):
     """Signs versions without exporting anything."""
 
     async def make_probe(
-        self, *, plan: RunPlan, parameters_sha256: str, say: Callable[[str], None]
+        self,
+        *,
+        plan: RunPlan,
+        parameters_sha256: str,
+        say: Callable[[str], None],
+        student: str = "",
     ) -> Probe:
-        del plan, parameters_sha256, say
+        del plan, parameters_sha256, say, student
         return PROBE
 
     async def build(
@@ -84,9 +89,11 @@ class FakeModels(ModelService):
         parameters_sha256: str,
         rounds: int,
         parent: str | None = None,
+        student: str = "",
         calibration: Calibration | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        del student
         say("pretending")
         if plan.name == "unfit":
             raise UnfitModelError("the exported model computes something else")

@@ -21,7 +21,7 @@ POLICY = "min_cohort = 5\nexact_sums = true\n"
 PROGRAMS = f"{os.environ['PATH']}:/usr/sbin"
 DEADLINE_S = 150.0
 ENDED = {"finished", "failed", "stopped"}
-STEPS = ["probe", "calibrate", "build", "judge", "sign"]
+STEPS = ["distil", "scratch", "probe", "calibrate", "build", "judge", "sign"]
 STATIC = {"int8-vnni", "int8-x86", "int8-arm"}
 SPEC = TaskSpec(
     "pumps",
@@ -47,7 +47,12 @@ def plan(name: str, **judge: Any) -> dict[str, Any]:
         "evaluate": False,
         "cohort": {"size": 5},
         "privacy": {"at_least": 4, "drop_fraction": 0.2},
-        "compression": {"int8": True, "calibration_noise": "none", "calibration_max_rows": 100},
+        "compression": {
+            "int8": True,
+            "calibration_noise": "none",
+            "calibration_max_rows": 100,
+            "distil": {"student": "mlp", "rounds": 2},
+        },
         "judge": {"noise": "none", "min_devices": 4, "max_latency_ratio": 20, **judge},
     }
 
@@ -115,7 +120,7 @@ def test_ranges_become_static_int8_although_the_coordinator_is_killed_in_between
 ) -> None:
     run_id = fleet.post("/v1/runs", plan("pumps"))["run_id"]
     until_calibrating(fleet, run_id)
-    assert [step["step"] for step in job_of(fleet, run_id)["steps"]] == ["probe"]
+    assert [step["step"] for step in job_of(fleet, run_id)["steps"]] == STEPS[:3]
     assert fleet.coordinator is not None
     fleet.coordinator.kill()
     start_coordinator(fleet)
@@ -124,9 +129,16 @@ def test_ranges_become_static_int8_although_the_coordinator_is_killed_in_between
     assert run["state"] == "finished", run["cause"]
     job = job_of(fleet, run_id)
     assert [step["step"] for step in job["steps"]] == STEPS
-    assert job["steps"][1]["result"] == f"measured by run {run_id}-calibrate"
-    asked = {r["run_id"]: r["purpose"] for r in fleet.get("/v1/runs") if r["purpose"] != "train"}
-    assert asked == {f"{run_id}-calibrate": "statistics", f"{run_id}-judge": "judge"}
+    assert job["steps"][3]["result"] == f"measured by run {run_id}-calibrate"
+    runs = {r["run_id"]: r for r in fleet.get("/v1/runs")}
+    assert {name: r["purpose"] for name, r in runs.items()} == {
+        run_id: "train",
+        f"{run_id}-distil": "train",
+        f"{run_id}-scratch": "train",
+        f"{run_id}-calibrate": "statistics",
+        f"{run_id}-judge": "judge",
+    }
+    assert [name for name, r in runs.items() if r["model_version"]] == [run_id]
     version = fleet.get(f"/v1/models/{run['model_version']}")
     judgement = version["judgement"]
     assert judgement["devices"] >= 4

@@ -32,6 +32,7 @@ def task_for(model: str, side: int, channels: int = 1, **options: object) -> Ima
         ("small-cnn", 32, 3, 137_642),
         ("small-cnn", 224, 3, 299_626),
         ("small-cnn", 5, 1, 13_962),
+        ("small-cnn-half", 28, 1, 26_826),
         ("lenet-5", 28, 1, 61_706),
         ("lenet-5", 32, 3, 83_126),
         ("mid-cnn", 28, 1, 203114),
@@ -61,7 +62,7 @@ def test_pictures_need_not_be_square() -> None:
 
 
 def test_nothing_in_the_networks_keeps_statistics_of_a_device_s_data() -> None:
-    for model in ("small-cnn", "lenet-5", "mid-cnn", "wide-cnn"):
+    for model in ("small-cnn", "small-cnn-half", "lenet-5", "mid-cnn", "wide-cnn"):
         network = task_for(model, 28).build_model()
         assert list(network.state_dict()) == [name for name, _ in network.named_parameters()]
 

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import msgspec
 import pytest
 
 from cloud_coordinator.compression.steps import (
@@ -12,18 +13,27 @@ from cloud_coordinator.compression.steps import (
     Signed,
     Step,
     StepResult,
+    StudentTrained,
     VariantsBuilt,
-    in_words,
     next_step,
 )
-from shared.compression_plan import CompressionPlan
+from shared.compression_plan import CompressionPlan, DistilPlan
 from shared.judge_plan import JudgePlan
 from shared.run_plan import RunPlan
 from shared.statistics.probes import Probe, ProbeColumn
 from shared.tasks.spec import TaskSpec
 
 COLUMNS = (ProbeColumn("x", "high", 0.0), ProbeColumn("x", "low", 0.0))
+STUDENT = StudentTrained(
+    run_id="run-distil",
+    network="small-cnn",
+    parameters_sha256="d" * 64,
+    rounds=10,
+    metrics={"accuracy": 0.87},
+)
 RESULTS: dict[Step, StepResult] = {
+    Step.DISTIL: STUDENT,
+    Step.SCRATCH: msgspec.structs.replace(STUDENT, run_id="run-scratch", metrics={}),
     Step.PROBE: ProbeMade(probe=Probe(model_sha256="a" * 64, columns=COLUMNS)),
     Step.CALIBRATE: Calibrated(run_id="run-calibrate", answers=()),
     Step.BUILD: VariantsBuilt(passed=5, built=6),
@@ -41,7 +51,7 @@ def plan(compression: CompressionPlan | None, judge: JudgePlan | None = None) ->
     )
 
 
-EVERYTHING = plan(CompressionPlan(), JudgePlan())
+EVERYTHING = plan(CompressionPlan(distil=DistilPlan(student="small-cnn")), JudgePlan())
 
 
 def order(plan: RunPlan, results: dict[Step, StepResult]) -> list[Step]:
@@ -82,8 +92,14 @@ def test_after_a_crash_the_first_step_that_is_not_done_comes_next(count: int) ->
     assert next_step(EVERYTHING, done) == next(iter(steps[count:]), None)
 
 
+def test_a_student_is_trained_with_and_without_a_teacher_before_anything_is_built() -> None:
+    compression = CompressionPlan(int8=False, distil=DistilPlan(student="small-cnn"))
+    wanted = [Step.DISTIL, Step.SCRATCH, Step.BUILD, Step.SIGN]
+    assert order(plan(compression), RESULTS) == wanted
+
+
 def test_every_result_has_words_of_its_own() -> None:
-    words = [in_words(result) for result in (*RESULTS.values(), LeftOut(cause="too few devices"))]
-    assert words[0] == "2 ranges of 1 tensors to measure"
+    words = [result.words for result in (*RESULTS.values(), LeftOut(cause="too few devices"))]
+    assert words[2] == "2 ranges of 1 tensors to measure"
     assert words[-1] == "left out: too few devices"
     assert all(a != b for a, b in pairwise(sorted(words)))

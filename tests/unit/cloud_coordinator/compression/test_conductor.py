@@ -21,13 +21,14 @@ from cloud_coordinator.models.service import ModelService
 from cloud_coordinator.rounds.plan_explanation import explain
 from cloud_coordinator.runs.records import RunDetails
 from cloud_coordinator.runs.tables import RunRow
-from shared.compression_plan import CompressionPlan
+from shared.compression_plan import CompressionPlan, DistilPlan
 from shared.errors import ConfigError, ConflictError, UnavailableError, UnfitModelError
 from shared.privacy_plan import PrivacyPlan
 from shared.run_plan import CohortPlan, RunPlan
 from shared.statistics.probes import Probe, ProbeColumn
 from shared.statistics.questions import Count, Mean, Quantiles, StatisticsQuestion
 from shared.statistics.vectors import Answer
+from shared.student_plan import Distillation
 from shared.tasks.spec import TaskSpec
 
 PROBE = Probe(model_sha256="a" * 64, columns=(ProbeColumn("x", "high", 0.0),))
@@ -50,6 +51,7 @@ class FakeModels:
 
     calls: list[str] = field(default_factory=list)
     calibrations: list[Calibration | None] = field(default_factory=list)
+    built: list[tuple[str, str]] = field(default_factory=list)
     fails: dict[str, Exception] = field(default_factory=dict)
 
     def called(self, what: str) -> None:
@@ -61,8 +63,14 @@ class FakeModels:
         self.called("probe")
         return PROBE
 
-    async def build(self, *, calibration: Calibration | None, **_: object) -> None:
+    async def base_digest(self, parameters_sha256: str) -> str:
+        return f"{parameters_sha256[0]}f" * 32
+
+    async def build(
+        self, *, calibration: Calibration | None, student: str, parameters_sha256: str, **_: object
+    ) -> None:
         self.calibrations.append(calibration)
+        self.built.append((student, parameters_sha256[0]))
         self.called("build")
 
     def built_of(self, _run_id: str) -> Any:
@@ -71,6 +79,11 @@ class FakeModels:
     async def sign(self, run_id: str, _plan: RunPlan) -> str:
         self.called("sign")
         return f"version of {run_id}"
+
+
+def committed(number: int, **fields: Any) -> Any:
+    fixed = {"round_number": number, "state": "committed", "answers": None, "metrics": {}}
+    return SimpleNamespace(**{**fixed, "parameters_sha256": None, **fields})
 
 
 @dataclass
@@ -85,9 +98,13 @@ class FakeRuns:
     async def perform(self, plan: RunPlan, *, run_id: str) -> RunDetails:
         self.performed.append((run_id, plan))
         rounds = [
-            SimpleNamespace(answers=None),
-            SimpleNamespace(answers=[msgspec.to_builtins(ANSWER)]),
+            committed(0),
+            committed(1, parameters_sha256="e" * 64, metrics={"accuracy": 0.8}),
+            committed(2, parameters_sha256="d" * 64),
+            committed(3, answers=[msgspec.to_builtins(ANSWER)]),
         ]
+        if plan.student is not None:
+            del rounds[3]
         run = SimpleNamespace(run_id=run_id, state=self.state, cause=self.cause)
         return cast("RunDetails", SimpleNamespace(run=run, rounds=rounds))
 
@@ -172,6 +189,42 @@ async def test_devices_that_do_not_answer_cost_static_int8_only(records: StepRec
     assert list(done) == [Step.PROBE, Step.CALIBRATE, Step.BUILD, Step.SIGN]
 
 
+DISTILLED = msgspec.structs.replace(
+    PLAN, compression=CompressionPlan(distil=DistilPlan(student="small-cnn", rounds=2))
+)
+
+
+async def test_a_student_is_what_is_built_and_the_same_from_scratch_stands_beside(
+    records: StepRecords,
+) -> None:
+    models, runs = FakeModels(), FakeRuns()
+    await compressions(records, models).conduct(job(runs, DISTILLED))
+    assert models.built == [("small-cnn", "d")]
+    (distil, taught), (scratch, alone), _ = runs.performed
+    assert (distil, scratch) == ("run-1-distil", "run-1-scratch")
+    assert taught.student is not None
+    assert alone.student is not None
+    assert taught.student.distil == Distillation(
+        teacher="cf" * 32, parameters_sha256="c" * 64, temperature=4.0, weight=0.8
+    )
+    assert alone.student.distil is None
+    assert (taught.rounds, taught.export, taught.seed) == (2, False, PLAN.seed)
+    assert records.done("run-1")[Step.DISTIL].words == (
+        "small-cnn trained by run run-1-distil: accuracy 0.8000"
+    )
+
+
+async def test_a_student_that_nobody_trained_leaves_the_teacher_to_be_built(
+    records: StepRecords,
+) -> None:
+    models, runs = FakeModels(), FakeRuns(state="failed", cause="too few devices")
+    await compressions(records, models).conduct(job(runs, DISTILLED))
+    assert models.built == [("", "c")]
+    assert records.done("run-1")[Step.DISTIL] == LeftOut(
+        cause="run run-1-distil failed: too few devices"
+    )
+
+
 async def test_a_model_that_cannot_be_probed_asks_no_device(records: StepRecords) -> None:
     models = FakeModels(fails={"probe": UnfitModelError("a tensor mixes rows")})
     runs = FakeRuns()
@@ -207,7 +260,8 @@ async def test_stopping_ends_the_run_that_asks_and_bears_that_it_has_ended(
 ) -> None:
     runs = FakeRuns()
     await compressions(records, FakeModels()).stop("run-1", "enough", runs)
-    assert runs.stopped == ["run-1-calibrate", "run-1-judge"]
+    others = ("distil", "scratch", "calibrate", "judge")
+    assert runs.stopped == [f"run-1-{each}" for each in others]
 
 
 async def test_the_model_that_devices_are_asked_about_is_kept_as_long_as_its_job_goes_on(

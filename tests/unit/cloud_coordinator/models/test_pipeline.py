@@ -147,6 +147,26 @@ def test_the_golden_batch_is_torchs_and_the_shipped_variant_meets_it(
     assert golden.tolerance < 0.1 * outputs.std()
 
 
+def test_a_students_parameters_are_built_as_its_own_network(tmp_path: Path) -> None:
+    student = load_task(SPEC).student("linear")
+    parameters = to_vector(seeded_model(student, 0))
+    (tmp_path / "parameters").write_bytes(save_vectors({"parameters": parameters}))
+    order = BuildVersion(
+        task=SPEC,
+        parameters_path=str(tmp_path / "parameters"),
+        folder=str(tmp_path),
+        seed=3,
+        student="linear",
+    )
+    made = build(order)
+    assert isinstance(made, Built), made
+    assert made.student == "linear"
+    assert made.labels == student.labels
+    golden = np.frombuffer(made.golden.inputs, "<f4").reshape(made.golden.rows, -1)
+    truth = TrainedModel(student, parameters).outputs(golden)
+    np.testing.assert_array_equal(truth.ravel(), np.frombuffer(made.golden.outputs, "<f4"))
+
+
 def test_every_variant_that_passed_has_a_tolerance_of_its_own(built: tuple[Path, Built]) -> None:
     folder, result = built
     inputs = np.frombuffer(result.golden.inputs, "<f4").reshape(result.golden.rows, 2)
