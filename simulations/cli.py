@@ -12,7 +12,15 @@ from rich.console import Console
 from shared.errors import ConfigError
 from simulations.benchmarks.report import as_json, as_table
 
-BENCHMARKS = ("rounds", "serving", "secure-sum", "secure-sum-accuracy", "delivery")
+BENCHMARKS = (
+    "rounds",
+    "serving",
+    "secure-sum",
+    "secure-sum-accuracy",
+    "delivery",
+    "models",
+    "models-accuracy",
+)
 
 app = typer.Typer(
     help="Experiments on Shoal: the demo and the benchmarks.",
