@@ -234,6 +234,7 @@ class Coordinator:
             trust_api,
         ):
             app.include_router(api.router)
+        app.include_router(compression_api.reports)
         app.add_exception_handler(ShoalError, _as_response)
         app.add_exception_handler(RequestValidationError, _as_response)
         app.add_exception_handler(HTTPException, _as_response)

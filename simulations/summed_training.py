@@ -6,14 +6,14 @@ vanish from a sum exactly, bit for bit; everything else is what a secure round d
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.training import evaluate, train
+from edge_agent.training import Teacher, evaluate, train
 from shared.parameters import Vector
 from shared.run_plan import TrainingPlan
 from shared.secure_sum.choice import choose_encoding
@@ -52,21 +52,43 @@ def accuracies(
         rounds: how many.
         seed: decides initial weights and the order of rows, whatever ``average`` does.
     """
-    parameters = to_vector(seeded_model(fleet.task, seed))
     found = []
+    for parameters in train_rounds(fleet, plan, average, rounds=rounds, seed=seed):
+        sums = evaluate(fleet.task, parameters, fleet.test)
+        found.append(fleet.task.summarize(sums)["accuracy"])
+    return found
+
+
+def train_rounds(
+    fleet: Fleet,
+    plan: TrainingPlan,
+    average: Average,
+    *,
+    rounds: int,
+    seed: int,
+    teacher: Teacher | None = None,
+) -> Iterator[Vector]:
+    """Yield the parameters, shape (d,), after each round; arguments are those of `accuracies`.
+
+    ``teacher`` is whom all devices learn from besides.
+    """
+    parameters = to_vector(seeded_model(fleet.task, seed))
+    sizes = [len(rows) for rows in fleet.devices]
     for number in range(1, rounds + 1):
         updates = [
             train(
-                fleet.task, parameters, rows, plan, seed=seed * 1_000_003 + number * 1009 + place
+                fleet.task,
+                parameters,
+                rows,
+                plan,
+                seed=seed * 1_000_003 + number * 1009 + place,
+                teacher=teacher,
             ).parameters
             - parameters
             for place, rows in enumerate(fleet.devices)
         ]
-        sizes = [len(rows) for rows in fleet.devices]
         parameters = (parameters + average(updates, sizes, number)).astype(np.float32)
-        sums = evaluate(fleet.task, parameters, fleet.test)
-        found.append(fleet.task.summarize(sums)["accuracy"])
-    return found
+        yield parameters
 
 
 def plain_mean(updates: Sequence[Vector], sizes: Sequence[int], _: int) -> Floats:

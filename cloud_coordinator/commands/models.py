@@ -113,6 +113,13 @@ def show_card(version: str, home: Home = DEFAULT_HOME) -> None:
     typer.echo(client.get_text(f"/v1/models/{full_version(client, version)}/card"), nl=False)
 
 
+@models.command("report")
+def show_report(version: str, home: Home = DEFAULT_HOME) -> None:
+    """Print a version's report, a page for a browser: shoal model report VERSION > page.html."""
+    client = ApiClient(home)
+    typer.echo(client.get_text(f"/v1/models/{full_version(client, version)}/report"), nl=False)
+
+
 @models.command("compare")
 def compare_models(
     first: str, second: str, home: Home = DEFAULT_HOME, *, as_json: AsJson = False

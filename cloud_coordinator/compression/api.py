@@ -1,14 +1,17 @@
 """Routes for compressions: watch and stop them. A run's plan starts them."""
 
+import asyncio
 from datetime import datetime
 from typing import Annotated, Any, cast
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
+from cloud_coordinator.compression.report import report
 from cloud_coordinator.compression.service import Compressions
 from cloud_coordinator.devices.authentication import require_admin
+from cloud_coordinator.models.catalogue import Catalogue
 from cloud_coordinator.runs.api import STOPPED_BY_OPERATOR, Runs
 from cloud_coordinator.runs.lifecycle import RunState
 from cloud_coordinator.runs.service import RunService
@@ -18,6 +21,10 @@ from shared.errors import ConflictError, NotFoundError
 router = APIRouter(
     prefix="/v1/compressions", tags=["compressions"], dependencies=[Depends(require_admin)]
 )
+
+
+# What people noted or devices said is escaped, and could run nothing if it were not.
+_NO_SCRIPTS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
 
 class StepView(BaseModel):
@@ -38,6 +45,9 @@ class CompressionView(BaseModel):
     model_version: str | None
     steps: list[StepView]
     judgement: dict[str, Any] | None  # of devices, as `Judgement`; null before they judged
+
+
+reports = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_admin)])
 
 
 def _compressions(request: Request) -> Compressions:
@@ -70,6 +80,16 @@ async def stop_compression(run_id: str, jobs: Jobs, runs: Runs) -> CompressionVi
         )
     await runs.stop_run(run_id, STOPPED_BY_OPERATOR)
     return await _view(await _row(run_id, runs), jobs, runs)
+
+
+@reports.get("/{version}/report")
+async def show_report(version: str, request: Request, jobs: Jobs) -> Response:
+    """Return the report of a version: a page with sizes, times, judgement and lineage."""
+    catalogue = cast("Catalogue", request.app.state.catalogue)
+    facts = await asyncio.to_thread(catalogue.facts, version)
+    done = await jobs.done(facts.run_id)
+    page = report(facts, {step.value: result.words for step, result in done.items()})
+    return Response(page, media_type="text/html", headers=_NO_SCRIPTS)
 
 
 async def _row(run_id: str, runs: RunService) -> RunRow:

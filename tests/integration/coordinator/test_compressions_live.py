@@ -90,6 +90,10 @@ async def test_answers_that_came_before_a_crash_are_built_from(tmp_path: Path) -
         [job] = await service.get("/v1/compressions")
         assert [step["step"] for step in job["steps"]] == STEPS
         assert job["model_version"] == run["model_version"]
+        page = await service.client.get(f"/v1/models/{run['model_version']}/report")
+        assert page.headers["content-type"].startswith("text/html")
+        assert page.headers["content-security-policy"].startswith("default-src 'none'")
+        assert "measured by run" in page.text
         with service.coordinator.database.transaction() as session:
             row = session.get(ModelVersionRow, run_id)
             assert row is not None
