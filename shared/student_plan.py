@@ -7,6 +7,8 @@ from msgspec import Meta
 
 from shared.manifest import Digest
 
+SCORE = "score"  # the metric by which students are compared
+
 NetworkName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 Temperature = Annotated[float, Meta(gt=0, le=100)]
 Weight = Annotated[float, Meta(ge=0, le=1)]

@@ -39,7 +39,7 @@ from shared.run_plan import RunPlan
 from shared.statistics.probes import Probe
 from shared.statistics.questions import Mean, Quantiles, Statistic, StatisticsQuestion
 from shared.statistics.vectors import Answer
-from shared.student_plan import Distillation, StudentPlan
+from shared.student_plan import SCORE, Distillation, StudentPlan
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,11 @@ class Compressions:
             say=job.say,
         )
         variants = await asyncio.to_thread(self._variants, job.run_id)
-        return VariantsBuilt(passed=sum(v.passed for v in variants), built=len(variants))
+        return VariantsBuilt(
+            passed=sum(v.passed for v in variants),
+            built=len(variants),
+            trained_by=result.trained_by,
+        )
 
     async def _judge(self, job: Job) -> StepResult:
         plan, run_id = job.plan.judge, judging_run(job.run_id)
@@ -240,14 +244,20 @@ class _Network:
     parameters_sha256: str
     rounds: int
     network: str = ""  # of the task's students; empty: its own
+    trained_by: str = ""  # the run that trained it; empty: the job's own
 
 
 def _network(job: Job, done: Mapping[Step, StepResult]) -> _Network:
-    match done.get(Step.DISTIL):
-        case StudentTrained(parameters_sha256=sha256, rounds=rounds, network=network):
-            return _Network(sha256, rounds, network)
-        case _:
-            return _Network(job.parameters_sha256, job.rounds)
+    """Return the better student, the one with a teacher where nothing tells them apart."""
+    students = [
+        result
+        for step in (Step.DISTIL, Step.SCRATCH)
+        if isinstance(result := done.get(step), StudentTrained)
+    ]
+    if not students:
+        return _Network(job.parameters_sha256, job.rounds)
+    best = max(students, key=lambda student: student.metrics.get(SCORE, 0.0))
+    return _Network(best.parameters_sha256, best.rounds, best.network, best.run_id)
 
 
 def student_run(run_id: str, step: Step) -> str:

@@ -71,11 +71,13 @@ class VariantsBuilt(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
 
     passed: int
     built: int
+    trained_by: str = ""  # the run that trained the student; empty: nobody did
 
     @property
     def words(self) -> str:
         """What came of it, for people."""
-        return f"{self.passed} of {self.built} variants compute what torch does"
+        words = f"{self.passed} of {self.built} variants compute what torch does"
+        return words + (f", of what run {self.trained_by} trained" if self.trained_by else "")
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True, tag="judged"):

@@ -9,13 +9,13 @@ from typing import Protocol
 from cloud_coordinator.rounds.aggregation import EXAMPLES, AddedStatistics
 from cloud_coordinator.rounds.collection import TTL_MARGIN_S, Collection
 from cloud_coordinator.rounds.exchange import Reply
-from cloud_coordinator.rounds.initial_model import summarize
+from cloud_coordinator.rounds.initial_model import score, summarize
 from cloud_coordinator.rounds.run_parts import RunParts
 from cloud_coordinator.rounds.stage import Stage
 from cloud_coordinator.rounds.worker_messages import Participation
 from shared.parameters import Vector
-from shared.student_plan import StudentPlan
-from shared.tasks.spec import TaskSpec
+from shared.run_plan import RunPlan
+from shared.student_plan import SCORE, StudentPlan
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Evaluator:
         collection = self._ask(parameters, present, round_number, timeout_s)
         Stage(self._parts, round_number=round_number, name="evaluate").run(collection, fold)
         participations = collection.close(self._host.seconds())
-        return measured(self._host.plan.task, added.sums, participations)
+        return measured(self._host.plan, added.sums, participations)
 
     def _ask(
         self, parameters: Vector, present: Sequence[str], round_number: int, timeout_s: float
@@ -109,10 +109,15 @@ def measured_student(student: StudentPlan | None) -> StudentPlan | None:
     return None if student is None else StudentPlan(network=student.network)
 
 
-def metrics_of(task: TaskSpec, sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the task's metrics, or none where its code fails on what the devices sent."""
+def metrics_of(plan: RunPlan, sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the task's metrics, or none where its code fails on what the devices sent.
+
+    Students are compared, so they have a ``score`` besides, which every task has.
+    """
     try:
-        metrics = summarize(task, sums)
+        metrics = dict(summarize(plan.task, sums))
+        if plan.student is not None:
+            metrics[SCORE] = score(plan.task, sums)
     except Exception:
         logger.exception("the task cannot sum up %s", sorted(sums))
         return {}
@@ -121,12 +126,12 @@ def metrics_of(task: TaskSpec, sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def measured(
-    task: TaskSpec, sums: Mapping[str, float], participations: tuple[Participation, ...]
+    plan: RunPlan, sums: Mapping[str, float], participations: tuple[Participation, ...]
 ) -> Evaluation:
     """Return what added statistics say, or that they say nothing."""
     if not sums.get(EXAMPLES):
         return Evaluation(cause=_why_unmeasured(participations), participations=participations)
-    metrics = metrics_of(task, sums)
+    metrics = metrics_of(plan, sums)
     cause = "" if metrics else "not measured: the task cannot sum up what the devices said"
     return Evaluation(metrics, cause, participations)
 

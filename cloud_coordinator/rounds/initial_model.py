@@ -38,3 +38,8 @@ def contract_of(task: TaskSpec) -> DataContract:
 def summarize(task: TaskSpec, sums: Mapping[str, float]) -> dict[str, float]:
     """Turn statistics added over devices into metrics; raises what the task's code raises."""
     return load_task(task).summarize(sums)
+
+
+def score(task: TaskSpec, sums: Mapping[str, float]) -> float:
+    """Return how good added statistics are, in [0, 1]; raises what the task's code raises."""
+    return load_task(task).score(sums)

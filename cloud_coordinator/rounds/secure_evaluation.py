@@ -120,7 +120,7 @@ class SecureEvaluator:
             return Evaluation(
                 cause=f"not measured: {'; '.join(causes)[:300]}", participations=parts
             )
-        return measured(self._host.plan.task, sums, parts)
+        return measured(self._host.plan, sums, parts)
 
     def _add(self, sums: dict[str, float], group: GroupSum, base: str) -> None:
         if group.cause:

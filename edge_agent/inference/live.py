@@ -63,7 +63,7 @@ class LiveModel:
         """Answer what was accepted, then serve nothing."""
         old, self.now = self.now, None
         if old is not None:
-            await asyncio.to_thread(old.batcher.close)
+            await old.batcher.close()
 
     def _serve(self, model: Model) -> Served:
         batcher = Batcher(model.engine, loop=asyncio.get_running_loop(), on_run=self._metrics.ran)

@@ -38,6 +38,7 @@ ADMIN_ROUTES = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/x"),
     ("GET", "/v1/models/x/card"),
+    ("GET", "/v1/models/x/report"),
     ("GET", "/v1/models/x/compare/y"),
     ("GET", "/v1/models/x/notes"),
     ("POST", "/v1/models/x/notes"),

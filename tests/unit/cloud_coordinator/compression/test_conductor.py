@@ -92,6 +92,7 @@ class FakeRuns:
 
     state: str = "finished"
     cause: str = ""
+    scores: tuple[float, float] = (0.8, 0.7)  # of the student with a teacher, and without
     performed: list[tuple[str, RunPlan]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
 
@@ -99,12 +100,14 @@ class FakeRuns:
         self.performed.append((run_id, plan))
         rounds = [
             committed(0),
-            committed(1, parameters_sha256="e" * 64, metrics={"accuracy": 0.8}),
+            committed(1, parameters_sha256="e" * 64),
             committed(2, parameters_sha256="d" * 64),
             committed(3, answers=[msgspec.to_builtins(ANSWER)]),
         ]
         if plan.student is not None:
-            del rounds[3]
+            taught = plan.student.distil is not None
+            sha256, score = ("d", self.scores[0]) if taught else ("b", self.scores[1])
+            rounds[2:] = [committed(2, parameters_sha256=sha256 * 64, metrics={"score": score})]
         run = SimpleNamespace(run_id=run_id, state=self.state, cause=self.cause)
         return cast("RunDetails", SimpleNamespace(run=run, rounds=rounds))
 
@@ -210,7 +213,16 @@ async def test_a_student_is_what_is_built_and_the_same_from_scratch_stands_besid
     assert alone.student.distil is None
     assert (taught.rounds, taught.export, taught.seed) == (2, False, PLAN.seed)
     assert records.done("run-1")[Step.DISTIL].words == (
-        "small-cnn trained by run run-1-distil: accuracy 0.8000"
+        "small-cnn trained by run run-1-distil: score 0.8000"
+    )
+
+
+async def test_a_teacher_that_does_no_good_is_not_believed(records: StepRecords) -> None:
+    models, runs = FakeModels(), FakeRuns(scores=(0.7, 0.8))
+    await compressions(records, models).conduct(job(runs, DISTILLED))
+    assert models.built == [("small-cnn", "b")]
+    assert records.done("run-1")[Step.BUILD].words == (
+        "3 of 3 variants compute what torch does, of what run run-1-scratch trained"
     )
 
 

@@ -73,6 +73,20 @@ def test_devices_get_the_teacher_with_each_train_message(
         assert msgspec.json.decode(str(text), type=StudentPlan) == wanted
 
 
+def test_students_are_measured_by_a_score_that_every_task_has(tmp_path: Path) -> None:
+    _, host = studying(tmp_path, SECURE)
+    host.perform()
+    for record in host.records:
+        assert record.metrics["score"] == pytest.approx(record.metrics["accuracy"])
+
+    parent = SimulatedHost(
+        SimulatedFleet(7), plan_of(privacy=SECURE, size=7, evaluate=True), tmp_path
+    )
+    parent.world.join()
+    parent.perform()
+    assert all("score" not in record.metrics for record in parent.records)
+
+
 def test_what_is_signed_names_student_and_teacher(tmp_path: Path) -> None:
     fleet, host = studying(tmp_path, SECURE)
     host.perform()
