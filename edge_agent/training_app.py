@@ -75,6 +75,7 @@ from shared.statistics.questions import StatisticsQuestion
 from shared.student_plan import StudentPlan
 from shared.tasks.examples import Examples
 from shared.tasks.spec import TaskSpec
+from shared.tasks.students import student_of
 from shared.tasks.task import Task
 from shared.untrusted import NOT_JSON
 
@@ -332,7 +333,8 @@ class _Device:
 
     def _task_of(self, student: StudentPlan | None) -> Task:
         """Return the owner's task, with the network that is asked for."""
-        return self._data.task if student is None else self._data.task.student(student.network)
+        task = self._data.task
+        return task if student is None else student_of(task, student.network)
 
     def _teacher_of(self, student: StudentPlan | None, content: RecordDict) -> Teacher | None:
         """Return whom a student learns from; PeerError unless it is the one that was signed."""

@@ -29,9 +29,10 @@ from cloud_coordinator.compression.steps import (
 )
 from cloud_coordinator.models.descriptions import judgement_in
 from cloud_coordinator.models.judgement import Judgement
+from cloud_coordinator.models.lifecycle import VersionState
 from cloud_coordinator.models.pipeline_messages import Built, Calibration
 from cloud_coordinator.models.service import ModelService
-from cloud_coordinator.models.tables import VariantRow
+from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from cloud_coordinator.runs.lifecycle import RunState
 from cloud_coordinator.runs.records import COMMITTED, RunDetails
 from shared.errors import ConfigError, ConflictError, NotFoundError, UnfitModelError
@@ -212,9 +213,22 @@ class Compressions:
         )
 
     async def _judge(self, job: Job) -> StepResult:
+        row = await asyncio.to_thread(self._models.built_of, job.run_id)
+        if row.state == VersionState.REJECTED:  # by an earlier life, which ended before it said so
+            raise UnfitModelError(row.cause)
+        if (judgement := judgement_in(row)) is None:
+            judgement = await self._ask_to_judge(job, row)
+            await asyncio.to_thread(self._models.judge, job.run_id, judgement)
+        return Judged(
+            run_id=judgement.run_id,
+            devices=judgement.devices,
+            passed=sum(variant.passed for variant in judgement.variants),
+            judged=len(judgement.variants),
+        )
+
+    async def _ask_to_judge(self, job: Job, row: ModelVersionRow) -> Judgement:
         plan, run_id = job.plan.judge, judging_run(job.run_id)
         assert plan is not None  # or this step is not wanted
-        row = await asyncio.to_thread(self._models.built_of, job.run_id)
         built = msgspec.json.decode(row.built or b"", type=Built)
         current = await asyncio.to_thread(self._models.current_of, row.model)
         asked = ask_about(built, current, plan)
@@ -224,14 +238,7 @@ class Compressions:
             cause = f"not judged: run {run_id} {details.run.state}: {details.run.cause}"
             await asyncio.to_thread(self._models.refuse, job.run_id, cause)
             raise UnfitModelError(cause)
-        judgement = judgement_of(asked, built, plan, details)
-        await asyncio.to_thread(self._models.judge, job.run_id, judgement)
-        return Judged(
-            run_id=run_id,
-            devices=judgement.devices,
-            passed=sum(variant.passed for variant in judgement.variants),
-            judged=len(judgement.variants),
-        )
+        return judgement_of(asked, built, plan, details)
 
     def _variants(self, run_id: str) -> Sequence[VariantRow]:
         return self._models.built_of(run_id).variants

@@ -6,6 +6,7 @@ from shared.parameters import Vector
 from shared.tasks.contract import DataContract
 from shared.tasks.registry import load_task
 from shared.tasks.spec import TaskSpec
+from shared.tasks.students import student_of
 from shared.tasks.task import seeded_model
 from shared.tasks.vectors import to_vector
 
@@ -17,12 +18,12 @@ def initial_parameters(task: TaskSpec, seed: int, *, student: str = "") -> Vecto
         ConfigError: the task has no such ``student``; empty: its own network.
     """
     loaded = load_task(task)
-    return to_vector(seeded_model(loaded.student(student) if student else loaded, seed))
+    return to_vector(seeded_model(student_of(loaded, student) if student else loaded, seed))
 
 
 def check_student(task: TaskSpec, name: str) -> None:
-    """Raise ConfigError where a task has no student of this name."""
-    load_task(task).student(name)
+    """Raise ConfigError where a task has no student of this name, or it is no smaller."""
+    student_of(load_task(task), name)
 
 
 def statistic_bounds(task: TaskSpec) -> Mapping[str, float]:

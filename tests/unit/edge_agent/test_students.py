@@ -236,6 +236,7 @@ def test_a_student_is_measured_by_its_own_network(home: Path) -> None:
     [
         ("{}", None, "the student in the message does not fit"),
         ('{"network":"giant"}', None, "giant"),
+        ('{"network":"mlp"}', None, "has 4,483 parameters, more than the 355 of the task's own"),
         ('{"network":"../etc"}', None, "the student in the message does not fit"),
         (taught_by(np.ones(4, np.float32)), None, "holds no single vector of teacher"),
         (
