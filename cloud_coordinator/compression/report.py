@@ -142,11 +142,20 @@ class _Axis:
         low, high = min(values) / 1.3, max(values) * 1.3
         self._low, self._span = math.log(low), math.log(high) - math.log(low)
         self._start, self._length = start, end - start
-        steps = (m * 10.0**e for e in range(12) for m in (1, 2, 5))
-        self.ticks = [value for value in steps if low <= value <= high]
+        self.ticks = _ticks(low, high)
 
     def at(self, value: float) -> float:
         return self._start + self._length * (math.log(value) - self._low) / self._span
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round values between two, from the coarsest steps that give at least two."""
+    for mantissas in ((1, 2, 5), range(1, 10), [n / 10 for n in range(10, 100)]):
+        steps = (float(f"{m}e{e}") for e in range(-3, 12) for m in mantissas)
+        found = [value for value in steps if low <= value <= high]
+        if len(found) > 1:
+            break
+    return found
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -179,15 +188,14 @@ def _judged(judgement: Judgement | None) -> list[str]:
     for judged in judgement.variants:
         values, errors = scores[judged.variant].values, scores[judged.variant].standard_error
         gain = values.get(GAIN, 0.0)
-        off = f" ± {errors[GAIN]:.4f}" if errors.get(GAIN) else ""
         words = judged.objection or "passed"
         style = "passed" if judged.passed else "held"
         rows.append(
             (
                 escape(judged.variant),
                 f"{mean + gain:.4f}",
-                f"{gain:+.4f}{off}",
-                f"{values[WORST_DECILE]:.3f}",
+                f"{gain:+.4f}{_error(errors.get(GAIN))}",
+                f"{values[WORST_DECILE]:.3f}{_error(errors.get(WORST_DECILE))}",
                 f'<span class="{style}">{escape(words)}</span>',
             )
         )
@@ -200,6 +208,10 @@ def _judged(judgement: Judgement | None) -> list[str]:
         f"<p>{escape(how)}</p>",
         _table(("variant", "score", "gain", "worst tenth", ""), rows, numbers=(1, 2, 3)),
     ]
+
+
+def _error(standard_error: float | None) -> str:
+    return f" ± {standard_error:.4f}" if standard_error else ""
 
 
 def _made(steps: Mapping[str, str]) -> list[str]:

@@ -36,6 +36,7 @@ from cloud_coordinator.models.tables import ModelVersionRow, VariantRow
 from cloud_coordinator.runs.lifecycle import RunState
 from cloud_coordinator.runs.records import COMMITTED, RunDetails
 from shared.errors import ConfigError, ConflictError, NotFoundError, UnfitModelError
+from shared.judging import JudgeQuestion
 from shared.run_plan import RunPlan
 from shared.statistics.probes import Probe
 from shared.statistics.questions import Mean, Quantiles, Statistic, StatisticsQuestion
@@ -238,6 +239,10 @@ class Compressions:
             cause = f"not judged: run {run_id} {details.run.state}: {details.run.cause}"
             await asyncio.to_thread(self._models.refuse, job.run_id, cause)
             raise UnfitModelError(cause)
+        # What they were really asked: an earlier life may have compared with another version.
+        asked = msgspec.structs.replace(
+            asked, question=msgspec.convert(details.run.plan["judgement"], JudgeQuestion)
+        )
         return judgement_of(asked, built, plan, details)
 
     def _variants(self, run_id: str) -> Sequence[VariantRow]:

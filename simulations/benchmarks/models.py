@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cloud_coordinator.models.static_int8 import KINDS
 from shared.errors import ConfigError
 from shared.tasks.registry import load_task
 from shared.tasks.task import seeded_model
@@ -77,9 +78,10 @@ def _row() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
 
 def _int8(model: BuiltModel, turns: int) -> list[Row]:
     """Compare the static int8 that this processor is best at with fp32."""
-    chosen, _, _ = model.choose()
-    own = chosen.variant if chosen.variant != "fp32" else "int8-x86"
-    files = {"fp32": model.file("fp32"), "int8": model.file(own)}
+    static = {kind.name: model.file(kind.name) for kind in KINDS}
+    speeds = medians_us(static, _row())
+    fastest = min(static, key=speeds.__getitem__)
+    files = {"fp32": model.file("fp32"), "int8": static[fastest]}
     times = _medians(files, turns)
     sizes = {name: float(len(file.content)) for name, file in files.items()}
     return [

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cloud_coordinator.models.static_int8 import KINDS
 from edge_agent.inference.engine import EngineOptions, open_session
 from edge_agent.training import Teacher, evaluate
 from shared.errors import ConfigError
@@ -42,7 +43,6 @@ _ROWS = (INT8, LARGE, MIDDLE, LARGE_GAIN, MIDDLE_GAIN)
 _DEVICES, _SEED, _PROCESSES = 10, 1, 2
 _TEMPERATURE, _WEIGHT = 4.0, 0.8  # as plans have them by default
 _BATCH = 100  # images of a request
-_STATIC = ("int8-vnni", "int8-x86", "int8-arm")
 _TEACHING = TrainingPlan(max_batches=60, batch_size=32, learning_rate=0.02, momentum=0.9)
 
 
@@ -128,10 +128,9 @@ def _measure(case: _Case, quick: bool) -> dict[str, float]:  # noqa: FBT001  # m
         small = built("student", student, as_student=True)
         alone = built("scratch", scratch, as_student=True)
         shipped = small if best is student else alone
-        static = [r for r in large.built.variants if r.variant in _STATIC and r.passed]
         return {
             "teacher": _accuracy(large.file("fp32"), data.test),
-            "int8": min(_accuracy(large.file(r.variant), data.test) for r in static),
+            "int8": min(_accuracy(large.file(kind.name), data.test) for kind in KINDS),
             "student": _accuracy(small.file("fp32"), data.test),
             "scratch": _accuracy(alone.file("fp32"), data.test),
             "shipped": _accuracy(shipped.file(shipped.built.ship), data.test),

@@ -63,6 +63,8 @@ class FakeRuns:
 
     async def perform(self, plan: RunPlan, *, run_id: str) -> RunDetails:
         self.asked.append(plan)
+        if self.crashes:
+            raise CrashedError
         question = self.asked[0].judgement  # a run that is there already was asked that
         assert question is not None
         answers = [
@@ -80,7 +82,8 @@ class FakeRuns:
             )
             for name, outcome in (("a", "replied"), ("b", "replied"), ("c", "dropped"))
         ]
-        run = SimpleNamespace(run_id=run_id, state=self.state, cause="too few devices")
+        stored = msgspec.to_builtins(self.asked[0])
+        run = SimpleNamespace(run_id=run_id, state=self.state, cause="too few devices", plan=stored)
         return cast("RunDetails", SimpleNamespace(run=run, rounds=[round_], participations=parts))
 
     def _figures(self, name: str, reference: str) -> dict[str, float]:
@@ -88,7 +91,7 @@ class FakeRuns:
         return {**found, WORST_DECILE: 0.8}
 
     async def stop_run(self, run_id: str, cause: str) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"nobody stops {run_id} here: {cause}")
 
 
 class CrashingRecords(StepRecords):
@@ -245,6 +248,18 @@ async def test_files_are_compared_with_what_is_served(world: World) -> None:
     assert [c.name for c in question.candidates] == [CURRENT, "fp32", "int8-weights", "int8-vnni"]
     assert question.candidates[0].sha256 == world.blobs.put(FILES["int8-weights"])
     assert question.labels == 2
+
+
+async def test_what_became_current_meanwhile_does_not_change_what_was_asked(world: World) -> None:
+    """The coordinator died while devices judged; the run that asked them goes on."""
+    world.add("run-1")
+    runs = FakeRuns(crashes=True)
+    with pytest.raises(CrashedError):
+        await world.conduct(runs)
+    world.add("run-0", state="current", version="c" * 64)
+    runs.crashes = False
+    await world.conduct(runs)
+    assert world.row().state == "signed"
 
 
 async def test_a_run_that_gets_no_answers_leaves_nothing_to_sign(world: World) -> None:

@@ -37,7 +37,7 @@ BROKEN = variant("int8-arm", 0, None, passed=False, cause="the converter failed"
 
 def judged(name: str, gain: float | None, objection: str = "") -> tuple[Answer, Judged]:
     figures = {MEAN: 0.9} if gain is None else {GAIN: gain}
-    errors = {} if gain is None else {GAIN: 0.002}
+    errors = {} if gain is None else {GAIN: 0.002, WORST_DECILE: 0.03}
     outcome: Any = "fail" if objection else "pass"
     verdict = Verdict(gate="latency", outcome=outcome, words=objection)
     return (
@@ -121,7 +121,8 @@ def test_the_page_tells_what_is_known() -> None:
     page = report(facts(), STEPS)
     for words in (
         "a" * 64, "400,000", "4.00", "the converter failed", "20 devices ran these very files",
-        "version 123456789abc", "with noise that the devices added", "-0.0030 ± 0.0020", "0.8970",
+        "version 123456789abc", "with noise that the devices added", "-0.0030 ± 0.0020",
+        "0.800 ± 0.0300", "0.8970",
         "latency: slow", "nightly-1-distil", "1,234", "accuracy 0.8700", "exact: no ε is promised",
     ):  # fmt: skip
         assert words in page
@@ -161,3 +162,12 @@ def test_names_in_the_plot_do_not_overlap() -> None:
     assert len(heights) == 8
     gaps = [b - a for a, b in zip(sorted(heights), sorted(heights)[1:], strict=False)]
     assert min(gaps) >= 15
+
+
+@pytest.mark.parametrize("times", [(31.0, 32.0, 33.0), (30.0,), (0.4, 0.5), (3.0, 900.0)])
+@pytest.mark.parametrize("size", [700_000, 31, 10**9])
+def test_both_axes_have_numbers(times: tuple[float, ...], size: int) -> None:
+    files = tuple(variant(f"file-{n}", size, each) for n, each in enumerate(times))
+    page = report(facts(variants=files), {})
+    assert len(re.findall(r'text-anchor="middle">[\d.]+', page)) >= 2
+    assert len(re.findall(r'dy="4" text-anchor="end">[\d.]+', page)) >= 2
